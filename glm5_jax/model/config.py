@@ -1,0 +1,184 @@
+"""`ModelConfig`: every size and choice of the architecture, checked when built, under the names of the released config.
+
+`glm5()` and `glm5_2()` are the released models; `small()` and `tiny()` have the same anatomy at laptop size.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from glm5_jax.core.mesh import ShardingRules
+
+IndexerType = Literal["full", "shared"]
+MlpType = Literal["dense", "sparse"]
+
+
+class LayerKind(NamedTuple):
+    """What distinguishes one layer from another: whether it owns an indexer, and its feed-forward form."""
+
+    indexer: IndexerType
+    mlp: MlpType
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture of a `glm_moe_dsa` model. Raises ValueError naming the field when a value makes no sense."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    # Mixture of experts.
+    moe_intermediate_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    # Multi-head latent attention.
+    num_attention_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    # Lightning indexer.
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+
+    n_shared_experts: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    first_k_dense_replace: int = 3
+    mlp_layer_types: tuple[MlpType, ...] | None = None  # None: the first `first_k_dense_replace` layers are dense
+    indexer_types: tuple[IndexerType, ...] | None = None  # None: every layer has its own indexer
+    num_nextn_predict_layers: int = 1
+    rope_theta: float = 1e6
+    max_position_embeddings: int = 202752
+    rms_norm_eps: float = 1e-5
+    latent_norm_eps: float | None = None  # None: rms_norm_eps, the training code's choice; transformers uses 1e-6
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    # How it is computed, not what.
+    dtype: str = "bfloat16"  # activations and matrix products
+    param_dtype: str = "float32"
+    remat: Literal["none", "full", "dots"] = "full"  # what the backward pass recomputes of each layer
+    query_chunk: int = 128  # queries per block of selection and attention
+    dense_attention_max_len: int = 2048  # up to this many keys attention is masked dense, beyond it is gathered
+    mtp_unroll: int = 3  # steps of the shared multi-token-prediction layer that a cache has room for
+    sharding: ShardingRules = ShardingRules()
+
+    def __post_init__(self) -> None:
+        set_ = lambda name, value: object.__setattr__(self, name, value)
+        if self.latent_norm_eps is None:
+            set_("latent_norm_eps", self.rms_norm_eps)
+        if self.mlp_layer_types is None:
+            dense = min(self.first_k_dense_replace, self.num_hidden_layers)
+            set_("mlp_layer_types", ("dense",) * dense + ("sparse",) * (self.num_hidden_layers - dense))
+        if self.indexer_types is None:
+            set_("indexer_types", ("full",) * self.num_hidden_layers)
+        set_("mlp_layer_types", tuple(self.mlp_layer_types))
+        set_("indexer_types", tuple(self.indexer_types))
+        set_("dtype", str(jnp.dtype(self.dtype)))
+        set_("param_dtype", str(jnp.dtype(self.param_dtype)))
+        self._check()
+
+    def _check(self) -> None:
+        def expect(ok: bool, field: str, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"ModelConfig.{field}: expected {expected}, found {getattr(self, field)!r}")
+
+        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "moe_intermediate_size",
+                    "n_routed_experts", "num_experts_per_tok", "num_attention_heads", "q_lora_rank", "kv_lora_rank",
+                    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim",
+                    "index_topk", "n_shared_experts", "n_group", "topk_group", "max_position_embeddings",
+                    "query_chunk", "mtp_unroll")
+        for field in positive:
+            value = getattr(self, field)
+            expect(isinstance(value, int) and not isinstance(value, bool) and value > 0, field, "a positive integer")
+        for field in ("rope_theta", "rms_norm_eps", "latent_norm_eps", "routed_scaling_factor"):
+            expect(getattr(self, field) > 0, field, "a positive number")
+        expect(self.first_k_dense_replace >= 0, "first_k_dense_replace", "a number of layers, 0 or more")
+        expect(self.dense_attention_max_len >= 0, "dense_attention_max_len", "a length, 0 or more")
+        expect(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number (rotary pairs)")
+        expect(self.index_head_dim >= self.qk_rope_head_dim, "index_head_dim",
+               f"at least qk_rope_head_dim = {self.qk_rope_head_dim}")
+        expect(self.n_routed_experts % self.n_group == 0, "n_group",
+               f"a divisor of n_routed_experts = {self.n_routed_experts}")
+        group = self.n_routed_experts // self.n_group
+        expect(self.n_group == 1 or group >= 2, "n_group", "groups of at least two experts")
+        expect(self.topk_group <= self.n_group, "topk_group", f"at most n_group = {self.n_group}")
+        expect(self.num_experts_per_tok <= self.topk_group * group, "num_experts_per_tok",
+               f"at most the {self.topk_group * group} experts of topk_group = {self.topk_group} groups")
+        for field, known in (("mlp_layer_types", ("dense", "sparse")), ("indexer_types", ("full", "shared"))):
+            value = getattr(self, field)
+            expect(len(value) == self.num_hidden_layers and set(value) <= set(known), field,
+                   f"one of {known} for each of {self.num_hidden_layers} layers")
+        expect(self.indexer_types[0] == "full", "indexer_types", "'full' first: layer 0 has no selection to share")
+        expect(self.num_nextn_predict_layers in (0, 1), "num_nextn_predict_layers",
+               "0 or 1 (one layer, shared by all steps)")
+        expect(self.remat in ("none", "full", "dots"), "remat", "'none', 'full' or 'dots'")
+        for field in ("dtype", "param_dtype"):
+            expect(getattr(self, field) in ("float32", "bfloat16", "float64"), field,
+                   "'float32', 'bfloat16' or 'float64'")
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer, without the MTP layer."""
+        return tuple(map(LayerKind, self.indexer_types, self.mlp_layer_types))
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Width of a cached latent row: the compressed key-value and the shared rotated key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with the given fields changed, checked anew."""
+        return dataclasses.replace(self, **changes)
+
+
+def glm5(**changes: Any) -> ModelConfig:
+    """GLM-5: 743.9B parameters (40B active) without its MTP layer."""
+    return ModelConfig(**{**dict(
+        vocab_size=154880, hidden_size=6144, num_hidden_layers=78, intermediate_size=12288,
+        moe_intermediate_size=2048, n_routed_experts=256, num_experts_per_tok=8,
+        num_attention_heads=64, q_lora_rank=2048, kv_lora_rank=512,
+        qk_nope_head_dim=192, qk_rope_head_dim=64, v_head_dim=256,
+        index_n_heads=32, index_head_dim=128, index_topk=2048), **changes})
+
+
+def glm5_2(**changes: Any) -> ModelConfig:
+    """GLM-5.2: as GLM-5, with one indexer for each group of four layers and a context of 1M tokens."""
+    full = lambda layer: max(layer - 2, 0) % 4 == 0  # index_topk_freq 4, index_skip_topk_offset 3
+    return glm5(**{**dict(
+        indexer_types=tuple("full" if full(layer) else "shared" for layer in range(78)),
+        rope_theta=8e6, max_position_embeddings=1048576), **changes})
+
+
+def small(**changes: Any) -> ModelConfig:
+    """About 100M parameters, for one accelerator or a patient laptop."""
+    return ModelConfig(**{**dict(
+        vocab_size=16384, hidden_size=512, num_hidden_layers=12, intermediate_size=1536,
+        moe_intermediate_size=256, n_routed_experts=16, num_experts_per_tok=4, first_k_dense_replace=1,
+        num_attention_heads=8, q_lora_rank=256, kv_lora_rank=128,
+        qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=64,
+        index_n_heads=8, index_head_dim=32, index_topk=256,
+        max_position_embeddings=32768, dtype="float32"), **changes})
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    """About 1M parameters, most of them the two tables of a 4,096-entry vocabulary: trains on two cores in minutes."""
+    return ModelConfig(**{**dict(
+        vocab_size=4096, hidden_size=64, num_hidden_layers=4, intermediate_size=192,
+        moe_intermediate_size=48, n_routed_experts=8, num_experts_per_tok=2, first_k_dense_replace=1,
+        num_attention_heads=4, q_lora_rank=48, kv_lora_rank=32,
+        qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=32,
+        index_n_heads=4, index_head_dim=16, index_topk=32,
+        rope_theta=1e4, max_position_embeddings=4096, dtype="float32", remat="none", query_chunk=512), **changes})

@@ -1,0 +1,192 @@
+"""One layer: x += attention(norm(x)), then x += feed-forward(norm(x)), over a view of which keys exist and who sees them.
+
+B batch, T query positions, S key positions, D model width, R latent rank, K keys selected.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from glm5_jax.core import masked
+from glm5_jax.core.mesh import constrain
+from glm5_jax.model import dsa, mla, moe
+from glm5_jax.model.cache import put_layer
+from glm5_jax.model.config import LayerKind, ModelConfig
+from glm5_jax.model.primitives import Params, mlp, mlp_specs, norm_scale, over_queries, rms_norm
+
+COLLECTABLE = ("hidden", "index_scores", "selected", "router")
+
+
+class Request(NamedTuple):
+    """What is asked of a forward pass besides its result."""
+
+    indexer_loss: Literal["dense", "sparse"] | None = None
+    collect: tuple[str, ...] = ()
+
+
+@struct.dataclass
+class View:
+    """The queries, the keys they may see, and where a cache keeps the new ones. Segment 0 is padding."""
+
+    positions_BT: jax.Array
+    segment_ids_BT: jax.Array
+    key_positions_BS: jax.Array
+    key_segment_ids_BS: jax.Array
+    rope: jax.Array
+    slots_BT: jax.Array | None = None  # None: the keys are the queries' own tokens
+
+
+@struct.dataclass
+class Flow:
+    """What passes from layer to layer: the residual stream, the selection that shared layers reuse, the cache."""
+
+    x_BTD: jax.Array
+    selected_BTK: jax.Array
+    index_nan: jax.Array
+    index: dsa.IndexInputs | None = None  # kept only for the indexer's loss
+    latents_LBSR: jax.Array | None = None
+    index_keys_NBSC: jax.Array | None = None
+
+
+def specs(config: ModelConfig, kind: LayerKind) -> Params:
+    """Specs of one layer of the given kind."""
+    tree = {
+        "input_norm": norm_scale(config, config.hidden_size),
+        "attention": mla.specs(config),
+        "post_attention_norm": norm_scale(config, config.hidden_size),
+    }
+    if kind.indexer == "full":
+        tree["indexer"] = dsa.specs(config)
+    if kind.mlp == "sparse":
+        return tree | {"moe": moe.specs(config)}
+    return tree | {"mlp": mlp_specs(config, config.intermediate_size)}
+
+
+def begin(config: ModelConfig, x_BTD: jax.Array, keys: int, request: Request, latents: jax.Array | None = None,
+          index_keys: jax.Array | None = None) -> Flow:
+    """The flow before the first layer: nothing selected, nothing indexed."""
+    batch, length = x_BTD.shape[:2]
+    channels, heads = config.index_head_dim, config.index_n_heads
+    index = None
+    if request.indexer_loss:
+        index = dsa.IndexInputs(jnp.zeros((batch, length, heads, channels), x_BTD.dtype),
+                                jnp.zeros((batch, keys, channels), x_BTD.dtype),
+                                jnp.zeros((batch, length, heads), jnp.float32))
+    selected = jnp.full((batch, length, min(config.index_topk, keys)), -1, jnp.int32)
+    return Flow(x_BTD, selected, jnp.zeros((), jnp.int32), index, latents, index_keys)
+
+
+def apply(params: Params, config: ModelConfig, kind: LayerKind, flow: Flow, view: View, layer: jax.Array,
+          indexer: jax.Array, request: Request) -> tuple[Flow, dict[str, Any]]:
+    """One layer. `layer` and `indexer` say which rows of the cache are its own.
+
+    Returns the flow and what the layer reports: router statistics, collected arrays and the indexer's loss.
+    """
+    report: dict[str, Any] = {"hidden": flow.x_BTD} if "hidden" in request.collect else {}
+    with jax.named_scope("attention"):
+        u_BTD = rms_norm(flow.x_BTD, params["input_norm"], config.rms_norm_eps)
+        q_latent = mla.query_latent(params["attention"], config, u_BTD)
+        rows_BSR, flow = _remember(flow, "latents_LBSR", layer, view,
+                                   mla.latent_rows(params["attention"], config, u_BTD, view.rope))
+        index = flow.index
+        if kind.indexer == "full":
+            with jax.named_scope("indexer"):
+                index = dsa.index_inputs(params["indexer"], config, u_BTD, q_latent, view.rope)
+                keys_BSC, flow = _remember(flow, "index_keys_NBSC", indexer, view, index.keys_BSC)
+                index = index.replace(keys_BSC=keys_BSC)
+                flow = _select(config, flow, index, view)
+                if request.indexer_loss:
+                    flow = flow.replace(index=index)
+                if "index_scores" in request.collect:
+                    report["index_scores"] = _masked_scores(index, view)
+        q_BTHC = mla.queries(params["attention"], config, q_latent, view.rope)
+        mixed, kl_BT = _attend(params["attention"], config, q_BTHC, rows_BSR, flow, view, request)
+        x_BTD = flow.x_BTD + mla.output(params["attention"], mixed)
+        x_BTD = constrain(x_BTD, "batch", "time", "act_embed", rules=config.sharding)
+    if "selected" in request.collect:
+        report["selected"] = flow.selected_BTK
+    if kl_BT is not None:
+        report["indexer_kl"] = masked.masked_mean(kl_BT, view.segment_ids_BT != 0)
+
+    with jax.named_scope("feed_forward"):
+        u_BTD = rms_norm(x_BTD, params["post_attention_norm"], config.rms_norm_eps)
+        if kind.mlp == "sparse":
+            y_BTD, report["stats"], routing = moe.moe(params["moe"], config, u_BTD, view.segment_ids_BT != 0)
+            if "router" in request.collect:
+                report["router"] = {"experts": routing.experts_NA, "weights": routing.weights_NA}
+        else:
+            y_BTD = mlp(params["mlp"], u_BTD)
+        x_BTD = constrain(x_BTD + y_BTD, "batch", "time", "act_embed", rules=config.sharding)
+    return flow.replace(x_BTD=x_BTD), report
+
+
+def _remember(flow: Flow, name: str, layer: jax.Array, view: View, new_BTC: jax.Array) -> tuple[jax.Array, Flow]:
+    """Without a cache the keys are the new rows themselves; with one they are written, and all slots are read."""
+    if view.slots_BT is None:
+        return new_BTC, flow
+    stack = put_layer(getattr(flow, name), layer, view.slots_BT, new_BTC)
+    return stack[layer].astype(new_BTC.dtype), flow.replace(**{name: stack})
+
+
+def _visible(view: View, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    return dsa.visible(positions_BT, segment_ids_BT, view.key_positions_BS, view.key_segment_ids_BS)
+
+
+def _masked_scores(index: dsa.IndexInputs, view: View) -> jax.Array:
+    scores = dsa.index_scores(index.queries_BTIC, index.keys_BSC, index.weights_BTI)
+    return jnp.where(_visible(view, view.positions_BT, view.segment_ids_BT), scores, -jnp.inf)
+
+
+def _select(config: ModelConfig, flow: Flow, index: dsa.IndexInputs, view: View) -> Flow:
+    index = jax.lax.stop_gradient(index)  # a selection has no gradient
+
+    def block(q: jax.Array, w: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scores = dsa.index_scores(q, index.keys_BSC, w)
+        return dsa.select_topk(scores, _visible(view, positions, segment_ids), flow.selected_BTK.shape[-1])
+
+    selected, nan_BT = over_queries(block, config.query_chunk, index.queries_BTIC, index.weights_BTI,
+                                    view.positions_BT, view.segment_ids_BT)
+    return flow.replace(selected_BTK=selected, index_nan=flow.index_nan + nan_BT.sum())
+
+
+def _attend(params: Params, config: ModelConfig, q_BTHC: jax.Array, rows_BSR: jax.Array, flow: Flow, view: View,
+            request: Request) -> tuple[jax.Array, jax.Array | None]:
+    """Attention over the selection, [B, T, H, C], and the indexer's KL per query where it is asked for.
+
+    Up to `dense_attention_max_len` keys (and for the dense indexer loss, where every visible key counts) the
+    probabilities of a block of queries are masked dense; beyond, the selected latent rows are gathered.
+    """
+    keys, scale = rows_BSR.shape[1], config.qk_head_dim ** -0.5
+    dense = keys <= config.dense_attention_max_len or request.indexer_loss == "dense"
+    absorbed = not dense or mla.prefers_absorbed(config, q_BTHC.shape[1], keys)
+    q = mla.absorb_queries(params, config, q_BTHC) if absorbed else q_BTHC
+    index = flow.index if request.indexer_loss else None
+    index_q, index_w = (index.queries_BTIC, index.weights_BTI) if index else (None, None)
+
+    if dense:
+        k, v = (rows_BSR, rows_BSR[..., :config.kv_lora_rank]) if absorbed else mla.expand_rows(params, config, rows_BSR)
+
+        def block(q, selected, positions, segment_ids, index_q, index_w):  # type: ignore[no-untyped-def]
+            if request.indexer_loss == "dense":
+                mask = _visible(view, positions, segment_ids)
+            else:
+                mask = dsa.selection_mask(selected, keys)
+            out, p_BHTS = mla.attend_dense(q, k, v, mask, scale)
+            if index is None:
+                return out, None
+            return out, dsa.kl_rows(p_BHTS.mean(1), dsa.index_scores(index_q, index.keys_BSC, index_w), mask)
+    else:
+        rows32_BSR = rows_BSR.astype(jnp.float32)
+
+        def block(q, selected, positions, segment_ids, index_q, index_w):  # type: ignore[no-untyped-def]
+            out, p_BTHK = mla.attend_selected(q, rows32_BSR, selected, value_dim=config.kv_lora_rank, scale=scale)
+            if index is None:
+                return out, None
+            scores = dsa.index_scores_at(index_q, dsa.gather_rows(index.keys_BSC, selected), index_w)
+            return out, dsa.kl_rows(p_BTHK.mean(2), scores, selected >= 0)
+
+    mixed, kl_BT = over_queries(block, config.query_chunk, q, flow.selected_BTK, view.positions_BT,
+                                view.segment_ids_BT, index_q, index_w)
+    return (mla.values_from_latent(params, mixed) if absorbed else mixed), kl_BT

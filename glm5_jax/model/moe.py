@@ -1,0 +1,117 @@
+"""Mixture of experts: a sigmoid router whose correction bias selects but never weighs, a shared expert, and its load.
+
+B batch, T positions, N = B*T tokens, D model width, F expert width, E experts, A active experts per token.
+"""
+
+from flax import struct
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from glm5_jax.core import masked
+from glm5_jax.core.params import ParamSpec, with_tags
+from glm5_jax.model.config import ModelConfig
+from glm5_jax.model.primitives import Params, matrix, mlp, mlp_specs
+
+
+@struct.dataclass
+class Routing:
+    """Which experts a token visits, in order of preference, with which weight, and every expert's own score."""
+
+    experts_NA: jax.Array  # int32
+    weights_NA: jax.Array  # float32
+    scores_NE: jax.Array   # float32, sigmoid
+
+
+@struct.dataclass
+class RouterStats:
+    """`load_E` counts the tokens of each expert; `balance_loss` is the sequence-level auxiliary loss."""
+
+    load_E: jax.Array        # int32
+    balance_loss: jax.Array  # float32 []
+
+
+def specs(config: ModelConfig) -> Params:
+    """Specs of one mixture: router, correction bias, routed experts, shared expert."""
+    d, f, e = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+    return {
+        "router": matrix(config, (d, e), ("embed", None), "router"),
+        "router_bias": ParamSpec((e,), (None,), "float32", "zeros", tags=frozenset({"router_bias"})),
+        "experts": with_tags({
+            "gate": matrix(config, (e, d, f), ("experts", "embed", "expert_mlp")),
+            "up": matrix(config, (e, d, f), ("experts", "embed", "expert_mlp")),
+            "down": matrix(config, (e, f, d), ("experts", "expert_mlp", "embed")),
+        }, "expert"),
+        "shared": mlp_specs(config, f * config.n_shared_experts),
+    }
+
+
+def route(params: Params, config: ModelConfig, x_ND: jax.Array) -> Routing:
+    """Chooses A experts per token. The gradient reaches the router through the scores of the chosen alone."""
+    logits = jnp.einsum("nd,de->ne", x_ND.astype(jnp.float32), params["router"].astype(jnp.float32),
+                        precision=lax.Precision.HIGHEST)
+    scores_NE = jax.nn.sigmoid(logits)
+    choice_NE = lax.stop_gradient(scores_NE + params["router_bias"])
+    if config.n_group > 1:
+        choice_NE = _limit_groups(choice_NE, config.n_group, config.topk_group)
+    experts_NA = lax.top_k(choice_NE, config.num_experts_per_tok)[1]
+    weights_NA = jnp.take_along_axis(scores_NE, experts_NA, -1)
+    if config.norm_topk_prob:
+        weights_NA = weights_NA / (weights_NA.sum(-1, keepdims=True) + 1e-20)
+    return Routing(experts_NA, weights_NA * config.routed_scaling_factor, scores_NE)
+
+
+def _limit_groups(choice_NE: jax.Array, groups: int, keep: int) -> jax.Array:
+    """-inf outside the `keep` groups with the largest sum of their two best choices."""
+    grouped = choice_NE.reshape(len(choice_NE), groups, -1)
+    best = lax.top_k(lax.top_k(grouped, 2)[0].sum(-1), keep)[1]
+    kept = jax.nn.one_hot(best, groups, dtype=bool).any(1)
+    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice_NE.shape)
+
+
+def apply_experts(params: Params, routing: Routing, x_ND: jax.Array) -> jax.Array:
+    """sum over the chosen experts of weight * (silu(x Wg) * x Wu) Wd; tokens are sorted by expert, none is dropped."""
+    tokens, active = routing.experts_NA.shape
+    experts = routing.experts_NA.reshape(-1)
+    order = jnp.argsort(experts, stable=True)
+    x = x_ND[order // active]
+    sizes_E = jnp.zeros(params["gate"].shape[0], jnp.int32).at[experts].add(1)
+    product = lambda y, name: lax.ragged_dot(y, params[name].astype(y.dtype), sizes_E)
+    y = product(jax.nn.silu(product(x, "gate")) * product(x, "up"), "down")
+    y_NAD = y[jnp.argsort(order)].reshape(tokens, active, -1)
+    return jnp.einsum("na,nad->nd", routing.weights_NA, y_NAD,
+                      preferred_element_type=jnp.float32).astype(x_ND.dtype)
+
+
+def router_stats(config: ModelConfig, routing: Routing, valid_BT: jax.Array) -> RouterStats:
+    """Load and balance loss over the valid tokens.
+
+    Per sequence: sum over e of f_e P_e, f_e = E / (A T) * (tokens of e), P_e = mean over t of s_e / sum s; then the
+    mean over sequences. DeepSeek-V3 report, equations 17 to 20.
+    """
+    (rows, length), experts = valid_BT.shape, config.n_routed_experts
+    valid = valid_BT.astype(jnp.float32)
+    chosen_NE = jax.nn.one_hot(routing.experts_NA, experts, dtype=jnp.float32).sum(1)
+    chosen_BTE = chosen_NE.reshape(rows, length, experts) * valid[..., None]
+    share_BTE = (routing.scores_NE / routing.scores_NE.sum(-1, keepdims=True)).reshape(rows, length, experts)
+    count_B1 = jnp.maximum(valid.sum(1, keepdims=True), 1)
+    load_BE = chosen_BTE.sum(1)
+    frequency_BE = load_BE * experts / (config.num_experts_per_tok * count_B1)
+    share_BE = (share_BTE * valid[..., None]).sum(1) / count_B1
+    balance = masked.masked_mean((frequency_BE * share_BE).sum(-1), valid.any(1))
+    return RouterStats(load_BE.sum(0).astype(jnp.int32), balance)
+
+
+def moe(params: Params, config: ModelConfig, x_BTD: jax.Array, valid_BT: jax.Array
+        ) -> tuple[jax.Array, RouterStats, Routing]:
+    """Routed experts plus the shared expert, with the statistics of the routing."""
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    routing = route(params, config, x_ND)
+    routed = apply_experts(params["experts"], routing, x_ND).reshape(x_BTD.shape)
+    return routed + mlp(params["shared"], x_BTD), router_stats(config, routing, valid_BT), routing
+
+
+def updated_bias(bias_E: jax.Array, load_E: jax.Array, rate: float | jax.Array) -> jax.Array:
+    """The loss-free balancing rule: raises the bias of experts below the mean load, lowers it above."""
+    load = load_E.astype(jnp.float32)
+    return bias_E + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
