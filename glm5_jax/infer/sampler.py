@@ -1,0 +1,117 @@
+"""Sampling: from logits to a token, and `generate`, which samples whole completions in one compiled program.
+
+B batch, T prompt positions, N new tokens, V vocabulary.
+"""
+
+import functools
+from typing import Any, Sequence
+
+from flax import struct
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from glm5_jax.model.cache import init_cache
+from glm5_jax.model.config import ModelConfig
+from glm5_jax.model.transformer import forward
+
+
+@struct.dataclass
+class Generation:
+    """New tokens only. Past a row's length, which counts its stop id, tokens and log-probs are 0."""
+
+    tokens: jax.Array    # int32 [B, N]
+    logprobs: jax.Array  # float32 [B, N], of each token under the distribution it was drawn from
+    lengths: jax.Array   # int32 [B]
+
+
+def log_distribution(logits_BV: jax.Array, temperature: float | jax.Array, top_p: float | jax.Array) -> jax.Array:
+    """Log-probs, float32 [B, V], after temperature and nucleus: -inf outside the smallest set whose mass reaches top_p.
+
+    Of equal logits the lowest token id enters the nucleus first; the most likely token is always in it.
+    """
+    log_p = jax.nn.log_softmax(logits_BV.astype(jnp.float32) / temperature)
+    ranked = jnp.argsort(-log_p, axis=-1, stable=True)
+    mass_before = jnp.cumsum(jnp.take_along_axis(jnp.exp(log_p), ranked, -1), -1)
+    mass_before = jnp.pad(mass_before, ((0, 0), (1, 0)))[:, :-1]
+    kept_ranked = (mass_before < top_p).at[:, 0].set(True)
+    kept = jnp.take_along_axis(kept_ranked, jnp.argsort(ranked, axis=-1), -1)
+    return jnp.where(top_p >= 1, log_p, jax.nn.log_softmax(jnp.where(kept, log_p, -jnp.inf)))
+
+
+def generate(params: Any, config: ModelConfig, prompts_BT: jax.Array, *, prompt_lengths: jax.Array | None = None,
+             max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0, key: jax.Array | None = None,
+             stop_ids: Sequence[int] = ()) -> Generation:
+    """Completes each prompt with up to `max_new_tokens` tokens.
+
+    `prompts_BT` int32 [B, T] hold their tokens first, `prompt_lengths` [B] (default T) of them; what follows is
+    padding. Temperature 0 is greedy (log-probs are then those of temperature 1); above 0 a `key` is needed. A row ends
+    with the first of `stop_ids`. Raises ValueError for an option out of range.
+    """
+    prompts_BT = jnp.asarray(prompts_BT)
+    if prompts_BT.ndim != 2 or prompts_BT.shape[1] == 0:
+        raise ValueError(f"prompts_BT: expected [batch, time] with at least one token, found {list(prompts_BT.shape)}")
+    batch, length = prompts_BT.shape
+    if prompt_lengths is None:
+        prompt_lengths = np.full(batch, length)
+    if not isinstance(prompt_lengths, jax.core.Tracer):
+        prompt_lengths = np.asarray(prompt_lengths)
+        if prompt_lengths.shape != (batch,) or prompt_lengths.min() < 1 or prompt_lengths.max() > length:
+            raise ValueError(f"prompt_lengths: expected {batch} lengths between 1 and {length}, found {prompt_lengths}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature and top_p: expected >= 0 and in (0, 1], found {temperature} and {top_p}")
+    if temperature > 0 and key is None:
+        raise ValueError("key: expected a jax.random.key for temperature above 0, found None; temperature=0 is greedy")
+    key = jax.random.key(0) if key is None else key  # greedy draws nothing from it
+    return _generate(params, config, prompts_BT, jnp.asarray(prompt_lengths, jnp.int32), max_new_tokens,
+                     temperature == 0, float(temperature), float(top_p), key, tuple(int(i) for i in stop_ids))
+
+
+@struct.dataclass
+class _Decoding:
+    step: jax.Array
+    cache: Any
+    logits_BV: jax.Array
+    tokens_BN: jax.Array
+    logprobs_BN: jax.Array
+    lengths_B: jax.Array
+    done_B: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("config", "new", "greedy", "stop_ids"))
+def _generate(params: Any, config: ModelConfig, prompts_BT: jax.Array, prompt_lengths_B: jax.Array, new: int,
+              greedy: bool, temperature: jax.Array, top_p: jax.Array, key: jax.Array, stop_ids: tuple[int, ...]
+              ) -> Generation:
+    batch, length = prompts_BT.shape
+    real_BT = (jnp.arange(length) < prompt_lengths_B[:, None]).astype(jnp.int32)
+    prefill = forward(params, config, prompts_BT, segment_ids=real_BT,
+                      cache=init_cache(config, batch, length + new))
+    last = jnp.take_along_axis(prefill.logits, prompt_lengths_B[:, None, None] - 1, 1)[:, 0]
+
+    def pick(step: jax.Array, logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if greedy:
+            log_p = jax.nn.log_softmax(logits_BV)
+            token_B = jnp.argmax(logits_BV, -1)
+        else:
+            log_p = log_distribution(logits_BV, temperature, top_p)
+            token_B = jax.random.categorical(jax.random.fold_in(key, step), log_p)
+        return token_B.astype(jnp.int32), jnp.take_along_axis(log_p, token_B[:, None], -1)[:, 0]
+
+    def step(s: _Decoding) -> _Decoding:
+        token_B, logprob_B = pick(s.step, s.logits_BV)
+        going = ~s.done_B
+        stops = jnp.isin(token_B, jnp.array(stop_ids, jnp.int32))
+        out = forward(params, config, token_B[:, None], segment_ids=going[:, None].astype(jnp.int32), cache=s.cache)
+        return _Decoding(
+            s.step + 1, out.cache, out.logits[:, 0],
+            s.tokens_BN.at[:, s.step].set(jnp.where(going, token_B, 0)),
+            s.logprobs_BN.at[:, s.step].set(jnp.where(going, logprob_B, 0)),
+            s.lengths_B + going, s.done_B | stops)
+
+    start = _Decoding(jnp.zeros((), jnp.int32), prefill.cache, last, jnp.zeros((batch, new), jnp.int32),
+                      jnp.zeros((batch, new), jnp.float32), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
+    end = lax.while_loop(lambda s: (s.step < new) & ~s.done_B.all(), step, start)
+    return Generation(end.tokens_BN, end.logprobs_BN, end.lengths_B)
