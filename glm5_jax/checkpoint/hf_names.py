@@ -149,8 +149,8 @@ def leaf_at(tree: Any, path: Path) -> Any:
 def to_hf(config: ModelConfig, tree: Any) -> dict[str, np.ndarray]:
     """The released names and layouts of a parameter tree, or of any tree of its form, such as gradients."""
     host = jax.tree.map(np.asarray, tree)
-    return {entry.name: np.ascontiguousarray(entry.op.to_hf(*(leaf_at(host, path)[index] for path, index in entry.slices)))
-            for entry in entries(config)}
+    parts = lambda entry: (leaf_at(host, path)[index] for path, index in entry.slices)
+    return {entry.name: np.ascontiguousarray(entry.op.to_hf(*parts(entry))) for entry in entries(config)}
 
 
 def from_hf(config: ModelConfig, read: Callable[[Entry], np.ndarray]) -> Any:

@@ -60,7 +60,8 @@ def _locate(directory: pathlib.Path) -> Iterator[tuple[str, str]]:
                               f"checkpoint in the released layout?")
 
 
-def write(directory: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], *, shard_bytes: int = 5 * 2**30) -> None:
+def write(directory: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], *,
+          shard_bytes: int = 5 * 2**30) -> None:
     """Writes the tensors as one file, or as shards of at most `shard_bytes` with an index; each file appears whole."""
     directory = pathlib.Path(directory)
     shards: list[dict[str, np.ndarray]] = [{}]

@@ -6,7 +6,7 @@ A spec tree is a nested dictionary whose leaves are `ParamSpec`. A parameter tre
 
 import dataclasses
 import math
-from typing import Any, Callable, Literal
+from typing import Any, Callable, Iterator, Literal
 
 import jax
 import jax.numpy as jnp
@@ -90,8 +90,8 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-# Normal values come in blocks, each from its own key, so that one vectorised draw serves all small parameters: compiling
-# a draw per parameter takes half a minute on a CPU.
+# Normal values come in blocks, each from its own key, so that one vectorised draw serves all small parameters:
+# compiling a draw per parameter takes half a minute on a CPU.
 _BLOCK = 512
 _LARGE = 2**24  # elements from which on a parameter is drawn alone, in its own shape and sharding
 
@@ -103,7 +103,7 @@ def initialise(specs: Any, key: jax.Array) -> Any:
     small = [(name, spec) for name, spec in names if spec.init == "normal" and spec.size < _LARGE]
     blocks = [np.arange(-(-spec.size // _BLOCK)) for _, spec in small]
     owners = [np.full(len(index), name) for index, (name, _) in zip(blocks, small)]
-    draws = iter(())
+    draws: Iterator[jax.Array] = iter(())
     if small:
         drawn = jax.vmap(lambda owner, block: jax.random.normal(
             jax.random.fold_in(jax.random.fold_in(key, owner), block), (_BLOCK,), jnp.float32))(
@@ -119,7 +119,7 @@ def initialise(specs: Any, key: jax.Array) -> Any:
             value = jax.random.normal(jax.random.fold_in(key, name), spec.shape, jnp.float32)
         return (spec.scale * value).astype(spec.dtype)
 
-    return treedef.unflatten([leaf(name, spec) for name, spec in names])
+    return jax.tree.unflatten(treedef, [leaf(name, spec) for name, spec in names])
 
 
 def _stable_hash(name: str) -> np.uint32:

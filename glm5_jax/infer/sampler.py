@@ -14,7 +14,7 @@ import numpy as np
 
 from glm5_jax.model.cache import init_cache
 from glm5_jax.model.config import ModelConfig
-from glm5_jax.model.transformer import forward
+from glm5_jax.model.transformer import forward, unembed
 
 
 @struct.dataclass
@@ -40,9 +40,9 @@ def log_distribution(logits_BV: jax.Array, temperature: float | jax.Array, top_p
     return jnp.where(top_p >= 1, log_p, jax.nn.log_softmax(jnp.where(kept, log_p, -jnp.inf)))
 
 
-def generate(params: Any, config: ModelConfig, prompts_BT: jax.Array, *, prompt_lengths: jax.Array | None = None,
-             max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0, key: jax.Array | None = None,
-             stop_ids: Sequence[int] = ()) -> Generation:
+def generate(params: Any, config: ModelConfig, prompts_BT: jax.Array | np.ndarray, *,
+             prompt_lengths: jax.Array | np.ndarray | None = None, max_new_tokens: int, temperature: float = 1.0,
+             top_p: float = 1.0, key: jax.Array | None = None, stop_ids: Sequence[int] = ()) -> Generation:
     """Completes each prompt with up to `max_new_tokens` tokens.
 
     `prompts_BT` int32 [B, T] hold their tokens first, `prompt_lengths` [B] (default T) of them; what follows is
@@ -53,12 +53,11 @@ def generate(params: Any, config: ModelConfig, prompts_BT: jax.Array, *, prompt_
     if prompts_BT.ndim != 2 or prompts_BT.shape[1] == 0:
         raise ValueError(f"prompts_BT: expected [batch, time] with at least one token, found {list(prompts_BT.shape)}")
     batch, length = prompts_BT.shape
-    if prompt_lengths is None:
-        prompt_lengths = np.full(batch, length)
     if not isinstance(prompt_lengths, jax.core.Tracer):
-        prompt_lengths = np.asarray(prompt_lengths)
-        if prompt_lengths.shape != (batch,) or prompt_lengths.min() < 1 or prompt_lengths.max() > length:
-            raise ValueError(f"prompt_lengths: expected {batch} lengths between 1 and {length}, found {prompt_lengths}")
+        found = np.full(batch, length) if prompt_lengths is None else np.asarray(prompt_lengths)
+        if found.shape != (batch,) or found.min() < 1 or found.max() > length:
+            raise ValueError(f"prompt_lengths: expected {batch} lengths between 1 and {length}, found {found}")
+        prompt_lengths = jnp.asarray(found)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
     if temperature < 0 or not 0 < top_p <= 1:
@@ -89,7 +88,7 @@ def _generate(params: Any, config: ModelConfig, prompts_BT: jax.Array, prompt_le
     real_BT = (jnp.arange(length) < prompt_lengths_B[:, None]).astype(jnp.int32)
     prefill = forward(params, config, prompts_BT, segment_ids=real_BT,
                       cache=init_cache(config, batch, length + new))
-    last = jnp.take_along_axis(prefill.logits, prompt_lengths_B[:, None, None] - 1, 1)[:, 0]
+    last_BD = jnp.take_along_axis(prefill.hidden, prompt_lengths_B[:, None, None] - 1, 1)[:, 0]
 
     def pick(step: jax.Array, logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
         if greedy:
@@ -111,7 +110,8 @@ def _generate(params: Any, config: ModelConfig, prompts_BT: jax.Array, prompt_le
             s.logprobs_BN.at[:, s.step].set(jnp.where(going, logprob_B, 0)),
             s.lengths_B + going, s.done_B | stops)
 
-    start = _Decoding(jnp.zeros((), jnp.int32), prefill.cache, last, jnp.zeros((batch, new), jnp.int32),
-                      jnp.zeros((batch, new), jnp.float32), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
+    zero, blank_BN = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, new), jnp.int32)
+    start = _Decoding(jnp.zeros((), jnp.int32), prefill.cache, unembed(params, config, last_BD), blank_BN,
+                      blank_BN.astype(jnp.float32), zero, zero.astype(bool))
     end = lax.while_loop(lambda s: (s.step < new) & ~s.done_B.all(), step, start)
     return Generation(end.tokens_BN, end.logprobs_BN, end.lengths_B)

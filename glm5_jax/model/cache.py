@@ -1,9 +1,10 @@
-"""What decoding remembers: latent rows and index keys per layer, where each row stands, and the MTP layer's last inputs.
+"""What decoding remembers: latent rows and index keys per layer, where each row stands, the MTP layer's last inputs.
 
 Slots of a row are filled in order, so that a slot's index is its rank among the row's tokens. Padding tokens (segment
 0) take no slot. Nothing is assigned to inside: every function returns a new cache.
 
-B batch, T new tokens, S slots, L layers, N layers with an indexer, R latent rank, C index channels, U unrolled MTP steps.
+B batch, T new tokens, S slots, L layers, N layers with an indexer, R latent rank, C index channels, U unrolled MTP
+steps.
 """
 
 from flax import struct
@@ -13,8 +14,7 @@ import jax.numpy as jnp
 from glm5_jax.model.config import ModelConfig
 
 
-@struct.dataclass
-class Cache:
+class Cache(struct.PyTreeNode):
     """The MTP layer's step k is layer L+k-1 of `latents` and N+k-1 of `index_keys`; it lags the trunk by k tokens."""
 
     latents_LBSR: jax.Array
@@ -35,18 +35,18 @@ def init_cache(config: ModelConfig, batch: int, max_len: int, *, dtype: str | No
     """An empty cache for `batch` rows of up to `max_len` tokens, its arrays in `dtype` (default: the config's)."""
     if batch < 1 or max_len < 1:
         raise ValueError(f"init_cache: expected batch and max_len of at least 1, found {batch} and {max_len}")
-    dtype = jnp.dtype(dtype or config.dtype)
+    cache_dtype = jnp.dtype(dtype or config.dtype)
     steps = config.mtp_unroll if config.num_nextn_predict_layers else 0
     layers, indexers = config.num_hidden_layers, config.indexer_types.count("full")
     return Cache(
-        latents_LBSR=jnp.zeros((layers + steps, batch, max_len, config.latent_dim), dtype),
-        index_keys_NBSC=jnp.zeros((indexers + steps, batch, max_len, config.index_head_dim), dtype),
+        latents_LBSR=jnp.zeros((layers + steps, batch, max_len, config.latent_dim), cache_dtype),
+        index_keys_NBSC=jnp.zeros((indexers + steps, batch, max_len, config.index_head_dim), cache_dtype),
         positions_BS=jnp.zeros((batch, max_len), jnp.int32),
         segment_ids_BS=jnp.zeros((batch, max_len), jnp.int32),
         lengths_B=jnp.zeros(batch, jnp.int32),
         mtp_segment_ids_UBS=jnp.zeros((steps, batch, max_len), jnp.int32),
         last_tokens_BU=jnp.zeros((batch, steps), jnp.int32),
-        last_hidden_BUD=jnp.zeros((batch, steps, config.hidden_size), dtype))
+        last_hidden_BUD=jnp.zeros((batch, steps, config.hidden_size), cache_dtype))
 
 
 def put(slots_BS: jax.Array, index_BT: jax.Array, new_BT: jax.Array) -> jax.Array:

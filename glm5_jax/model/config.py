@@ -51,13 +51,16 @@ class ModelConfig:
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
     first_k_dense_replace: int = 3
-    mlp_layer_types: tuple[MlpType, ...] | None = None  # None: the first `first_k_dense_replace` layers are dense
-    indexer_types: tuple[IndexerType, ...] | None = None  # None: every layer has its own indexer
+    # None: the first `first_k_dense_replace` layers are dense.
+    mlp_layer_types: tuple[MlpType, ...] = None  # type: ignore[assignment]
+    # None: every layer has its own indexer.
+    indexer_types: tuple[IndexerType, ...] = None  # type: ignore[assignment]
     num_nextn_predict_layers: int = 1
     rope_theta: float = 1e6
     max_position_embeddings: int = 202752
     rms_norm_eps: float = 1e-5
-    latent_norm_eps: float | None = None  # None: rms_norm_eps, the training code's choice; transformers uses 1e-6
+    # None: rms_norm_eps, the training code's choice; transformers uses 1e-6.
+    latent_norm_eps: float = None  # type: ignore[assignment]
     attention_bias: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02

@@ -21,8 +21,7 @@ from glm5_jax.model.primitives import Params, bias, layer_norm, matrix, norm_sca
 KEY_NORM_EPS = 1e-6  # fixed by the released model, whatever rms_norm_eps is
 
 
-@struct.dataclass
-class IndexInputs:
+class IndexInputs(struct.PyTreeNode):
     """What the scores are made of; both scale factors are inside `weights_BTI`."""
 
     queries_BTIC: jax.Array

@@ -1,4 +1,4 @@
-"""One layer: x += attention(norm(x)), then x += feed-forward(norm(x)), over a view of which keys exist and who sees them.
+"""One layer: x += attention(norm(x)), then x += feed-forward(norm(x)), over a view of the keys and who sees them.
 
 B batch, T query positions, S key positions, D model width, R latent rank, K keys selected.
 """
@@ -26,8 +26,7 @@ class Request(NamedTuple):
     collect: tuple[str, ...] = ()
 
 
-@struct.dataclass
-class View:
+class View(struct.PyTreeNode):
     """The queries, the keys they may see, and where a cache keeps the new ones. Segment 0 is padding."""
 
     positions_BT: jax.Array
@@ -38,8 +37,7 @@ class View:
     slots_BT: jax.Array | None = None  # None: the keys are the queries' own tokens
 
 
-@struct.dataclass
-class Flow:
+class Flow(struct.PyTreeNode):
     """What passes from layer to layer: the residual stream, the selection that shared layers reuse, the cache."""
 
     x_BTD: jax.Array
@@ -166,9 +164,10 @@ def _attend(params: Params, config: ModelConfig, q_BTHC: jax.Array, rows_BSR: ja
     index_q, index_w = (index.queries_BTIC, index.weights_BTI) if index else (None, None)
 
     if dense:
-        k, v = (rows_BSR, rows_BSR[..., :config.kv_lora_rank]) if absorbed else mla.expand_rows(params, config, rows_BSR)
+        latent_BSR = rows_BSR[..., :config.kv_lora_rank]
+        k, v = (rows_BSR, latent_BSR) if absorbed else mla.expand_rows(params, config, rows_BSR)
 
-        def block(q, selected, positions, segment_ids, index_q, index_w):  # type: ignore[no-untyped-def]
+        def block(q, selected, positions, segment_ids, index_q, index_w):
             if request.indexer_loss == "dense":
                 mask = _visible(view, positions, segment_ids)
             else:
@@ -180,7 +179,7 @@ def _attend(params: Params, config: ModelConfig, q_BTHC: jax.Array, rows_BSR: ja
     else:
         rows32_BSR = rows_BSR.astype(jnp.float32)
 
-        def block(q, selected, positions, segment_ids, index_q, index_w):  # type: ignore[no-untyped-def]
+        def block(q, selected, positions, segment_ids, index_q, index_w):
             out, p_BTHK = mla.attend_selected(q, rows32_BSR, selected, value_dim=config.kv_lora_rank, scale=scale)
             if index is None:
                 return out, None

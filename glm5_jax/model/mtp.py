@@ -88,7 +88,7 @@ def unroll(params: Params, config: ModelConfig, embedding: jax.Array, window: Wi
         z = jnp.concatenate([rms_norm(embedded, params["embed_norm"], config.rms_norm_eps),
                              rms_norm(h_BWD, params["hidden_norm"], config.rms_norm_eps)], -1)
         z = z @ params["projection"].astype(z.dtype)
-        if cache is None:
+        if cache is None or window.slots_BW is None:
             view = layer.View(window.positions_BW, segment_ids, window.positions_BW, segment_ids, rope)
             flow = layer.begin(config, z, width, request)
         else:

@@ -73,7 +73,7 @@ def mlp(params: Params, x_BTD: jax.Array) -> jax.Array:
 
 
 def over_queries(fn: Callable[..., Any], chunk: int, *args: Any) -> Any:
-    """`fn(*args)` computed over blocks of `chunk` queries (axis 1 of every array), each recomputed in the backward pass.
+    """`fn(*args)` over blocks of `chunk` queries (axis 1 of every array), each recomputed in the backward pass.
 
     Memory is that of one block. Padding rows hold zeros, or -1 in integer arrays: no segment, no selected key.
     """

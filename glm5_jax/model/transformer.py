@@ -38,17 +38,16 @@ class Output:
 
 def param_specs(config: ModelConfig) -> Params:
     """The tree of `ParamSpec` of the model, MTP parameters under `mtp`; a stack is named by its first layer."""
-    init = dict(init="normal", scale=config.initializer_range, dtype=config.param_dtype)
+    table = lambda shape, axes, tag: core_params.ParamSpec(shape, axes, config.param_dtype, "normal",
+                                                           config.initializer_range, frozenset({tag}))
     tree: Params = {
-        "embedding": core_params.ParamSpec((config.vocab_size, config.hidden_size), ("vocab", "embed"),
-                                           tags=frozenset({"embedding"}), **init),
+        "embedding": table((config.vocab_size, config.hidden_size), ("vocab", "embed"), "embedding"),
         "layers": {run.name: core_params.stacked(layer.specs(config, run.kind), *run.layers.shape)
                    for segment in stacks.plan(config.layer_kinds) for run in segment},
         "norm": norm_scale(config, config.hidden_size),
     }
     if not config.tie_word_embeddings:
-        tree["head"] = core_params.ParamSpec((config.hidden_size, config.vocab_size), ("embed", "vocab"),
-                                             tags=frozenset({"output_head"}), **init)
+        tree["head"] = table((config.hidden_size, config.vocab_size), ("embed", "vocab"), "output_head")
     if config.num_nextn_predict_layers:
         tree["mtp"] = mtp.specs(config)
     return tree
@@ -99,7 +98,7 @@ def _forward(params: Params, config: ModelConfig, tokens: jax.Array, positions: 
         x_BTD = params["embedding"][tokens].astype(config.dtype)
         x_BTD = constrain(x_BTD, "batch", "time", "act_embed", rules=config.sharding)
     flow = layer.begin(config, x_BTD, view.key_positions_BS.shape[1], request,
-                       cache and cache.latents_LBSR, cache and cache.index_keys_NBSC)
+                       *((cache.latents_LBSR, cache.index_keys_NBSC) if cache is not None else ()))
     flow, reports, stats = _run_layers(params["layers"], config, flow, view, request)
     hidden = rms_norm(flow.x_BTD, params["norm"], config.rms_norm_eps)
     if cache is not None:
@@ -108,11 +107,11 @@ def _forward(params: Params, config: ModelConfig, tokens: jax.Array, positions: 
     collected = _by_name(reports)
     if "hidden" in request.collect:
         collected["hidden/final_norm"] = hidden
-    aux = {"expert_load": stats.load_E, "balance_loss": masked.masked_mean(stats.balance_loss, True),
+    aux = {"expert_load": stats.load_E, "balance_loss": masked.masked_mean(stats.balance_loss, jnp.array(True)),
            "index_nan": flow.index_nan}
 
     mtp_logits = mtp_hidden = None
-    if cache is not None and config.num_nextn_predict_layers:
+    if before is not None and cache is not None and config.num_nextn_predict_layers:
         window = mtp.cached_window(tokens, hidden, view.segment_ids_BT, before, cache)
         added_B = (view.segment_ids_BT != 0).sum(1, dtype=jnp.int32)
         last_tokens, last_hidden = mtp.last_of(window, added_B, config.mtp_unroll)
@@ -145,12 +144,8 @@ def _open_view(config: ModelConfig, tokens: jax.Array, positions: jax.Array | No
     if segment_ids is None:
         segment_ids = jnp.ones(tokens.shape, jnp.int32)
     real = segment_ids != 0
-    if positions is None and cache is None:
-        steps = jnp.arange(tokens.shape[1])
-        starts = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-        positions = steps - lax.cummax(jnp.where(starts, steps, 0), axis=1)
-    elif positions is None:
-        positions = cache.lengths_B[:, None] + ranks(real)
+    if positions is None:
+        positions = _ranks_in_segment(segment_ids) if cache is None else cache.lengths_B[:, None] + ranks(real)
     rope = rope_table(positions, config.qk_rope_head_dim, config.rope_theta)
     if cache is None:
         return layer.View(positions, segment_ids, positions, segment_ids, rope), None
@@ -159,6 +154,12 @@ def _open_view(config: ModelConfig, tokens: jax.Array, positions: jax.Array | No
                           segment_ids_BS=put(cache.segment_ids_BS, slots, segment_ids),
                           lengths_B=cache.lengths_B + real.sum(1, dtype=jnp.int32))
     return layer.View(positions, segment_ids, cache.positions_BS, cache.segment_ids_BS, rope, slots), cache
+
+
+def _ranks_in_segment(segment_ids_BT: jax.Array) -> jax.Array:
+    steps = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    starts = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
+    return steps - lax.cummax(jnp.where(starts, steps, 0), axis=1)
 
 
 def _run_layers(params: Params, config: ModelConfig, flow: layer.Flow, view: layer.View, request: layer.Request
@@ -202,7 +203,7 @@ def _layer_body(config: ModelConfig, run: stacks.Run, view: layer.View, request:
 
 def _by_name(reports: dict[int, dict[str, Any]]) -> dict[str, jax.Array]:
     """`selected/3`, `router/3/experts` and so on, from the reports of the layers."""
-    named = {}
+    named: dict[str, jax.Array] = {}
     for index, report in reports.items():
         for name, value in report.items():
             parts = value.items() if isinstance(value, dict) else [(None, value)]

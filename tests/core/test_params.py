@@ -33,7 +33,9 @@ def test_count_and_abstract_allocate_nothing():
     assert params.abstract(huge)["w"] == jax.ShapeDtypeStruct((10**6, 10**6, 10**3), jnp.float32)
 
 
-def test_initialise_matches_the_specs():
+@pytest.mark.parametrize("large", [1, 2000, 2**24])
+def test_initialise_matches_the_specs(monkeypatch, large):
+    monkeypatch.setattr(params, "_LARGE", large)
     tree = params.initialise(SPECS, jax.random.key(0))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     assert shapes == params.abstract(SPECS)
@@ -44,7 +46,9 @@ def test_initialise_matches_the_specs():
         assert abs(values.std() / scale - 1) < 4 / (2 * values.size)**0.5 + 0.01
 
 
-def test_a_new_leaf_moves_no_other():
+@pytest.mark.parametrize("large", [1, 2000, 2**24])
+def test_a_new_leaf_moves_no_other(monkeypatch, large):
+    monkeypatch.setattr(params, "_LARGE", large)  # every parameter drawn alone, some of them, none of them
     before = params.initialise(SPECS, jax.random.key(7))
     grown = {**SPECS, "a_first": ParamSpec((3,), (None,)),
              "layers": {**SPECS["layers"], "extra": ParamSpec((5,), (None,))}}

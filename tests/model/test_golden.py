@@ -41,9 +41,10 @@ class Golden:
     def mtp_steps(self) -> int:
         return MTP_STEPS if self.under("mtp_logits/") else 0
 
-    @property
-    def gathered(self) -> Any:
-        """The same model on the sparse path: blocks of queries that do not divide the length, keys gathered."""
+    def on(self, path: str) -> Any:
+        """The config for the dense path, or for the gathered one with blocks of queries that do not fill the length."""
+        if path == "dense":
+            return self.config
         return dataclasses.replace(self.config, dense_attention_max_len=0, query_chunk=7, remat="full")
 
 
@@ -67,9 +68,21 @@ def compiled(config: Any, collect: tuple[str, ...] = (), **options: Any) -> Call
 
 @functools.cache
 def full_forward(name: str, path: str) -> Any:
+    """Everything at once: collecting and the indexer's sparse loss may change nothing else."""
     golden = load(name)
-    config = golden.config if path == "dense" else golden.gathered
-    return compiled(config, COLLECT, mtp_steps=golden.mtp_steps)(golden.params, golden.expected["tokens"])
+    run = compiled(golden.on(path), COLLECT, mtp_steps=golden.mtp_steps, indexer_loss="sparse")
+    return run(golden.params, golden.expected["tokens"])
+
+
+@functools.cache
+def mixed_rows(name: str, path: str) -> Any:
+    """Row 0: 17 tokens of the first sequence, all of the second, 3 of padding. Row 1: 20 of padding, the second."""
+    golden = load(name)
+    first, second = golden.expected["tokens"]
+    padding = np.full(20, 7, np.int32)
+    rows = np.stack([np.concatenate([first[:17], second, padding[:3]]), np.concatenate([padding, second])])
+    segments = np.stack([np.repeat([1, 2, 0], [17, 24, 3]), np.repeat([0, 1], [20, 24])]).astype(np.int32)
+    return compiled(golden.on(path), ("selected",))(golden.params, rows, segment_ids=segments)
 
 
 @pytest.fixture(autouse=True)
@@ -89,8 +102,13 @@ def golden(name) -> Golden:
 
 
 @pytest.fixture(params=["dense", "gathered"])
-def full(request, name) -> Any:
-    return full_forward(name, request.param)
+def path(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def full(name, path) -> Any:
+    return full_forward(name, path)
 
 
 def assert_close(actual: jax.Array, expected: np.ndarray, what: str, atol: float = TOLERANCE) -> None:
@@ -144,7 +162,6 @@ def test_routing(golden, full):
         assert_close(weights, golden.expected[f"router/{layer}/weights"], f"layer {layer}", atol=2e-5)
 
 
-@pytest.mark.parametrize("path", ["dense", "gathered"])
 def test_multi_token_prediction(path):
     golden, output = load("mtp"), full_forward("mtp", path)
     assert output.mtp_logits.shape[0] == output.mtp_hidden.shape[0] == MTP_STEPS
@@ -178,7 +195,7 @@ def test_loss(golden, full):
 @functools.cache
 def gradients(name: str, path: str) -> dict[str, np.ndarray]:
     golden = load(name)
-    config = golden.config if path == "dense" else golden.gathered
+    config = golden.on(path)
 
     def objective(params):
         parts = losses(golden, glm5.forward(params, config, golden.expected["tokens"], mtp_steps=golden.mtp_steps))
@@ -187,8 +204,11 @@ def gradients(name: str, path: str) -> dict[str, np.ndarray]:
     return glm5.to_hf(config, jax.jit(jax.grad(objective))(golden.params))
 
 
-@pytest.mark.parametrize("path", ["dense", "gathered"])
-@pytest.mark.parametrize("name", [name for name in NAMES if load(name).under("grad/")])
+WITH_GRADIENTS = [(name, "dense") for name in ("groups", "mtp", "plain", "tied_bias")] + [
+    ("mtp", "gathered"), ("plain", "gathered")]
+
+
+@pytest.mark.parametrize("name, path", WITH_GRADIENTS)
 def test_gradients(name, path):
     actual = gradients(name, path)
     expected = {what.removeprefix("grad/"): value for what, value in load(name).under("grad/").items()}
@@ -200,8 +220,7 @@ def test_gradients(name, path):
         assert np.linalg.norm(gradient - truth) <= GRADIENT_TOLERANCE * np.linalg.norm(truth), what
 
 
-@pytest.mark.parametrize("path", ["dense", "gathered"])
-@pytest.mark.parametrize("name", [name for name in NAMES if load(name).under("grad/")])
+@pytest.mark.parametrize("name, path", WITH_GRADIENTS)
 def test_language_model_loss_leaves_indexers_alone(name, path):
     indexer = {what: value for what, value in gradients(name, path).items() if ".indexer." in what}
     assert indexer
@@ -209,14 +228,21 @@ def test_language_model_loss_leaves_indexers_alone(name, path):
         np.testing.assert_array_equal(gradient, np.zeros_like(gradient), err_msg=what)
 
 
-@pytest.mark.parametrize("kind, path", [("dense", "dense"), ("sparse", "dense"), ("sparse", "gathered")])
-def test_indexer_kl(golden, kind, path):
-    config = golden.config if path == "dense" else golden.gathered
-    output = compiled(config, indexer_loss=kind)(golden.params, golden.expected["tokens"])
+def assert_indexer_kl(golden: Golden, output: Any, kind: str) -> None:
     expected = golden.under(f"indexer_kl/{kind}/")
     assert expected
     for name, value in expected.items():
         assert_close(output.collected[f"indexer_kl/{name.rpartition('/')[2]}"], value, name, atol=LOSS_TOLERANCE)
+
+
+def test_sparse_indexer_kl(golden, full):
+    assert_indexer_kl(golden, full, "sparse")
+
+
+@pytest.mark.parametrize("name", ["plain", "sharing", "wide"])
+def test_dense_indexer_kl(golden):
+    output = compiled(golden.config, indexer_loss="dense")(golden.params, golden.expected["tokens"])
+    assert_indexer_kl(golden, output, "dense")
 
 
 def cached(golden: Golden, config: Any, tokens: np.ndarray, chunks: list[int]) -> Any:
@@ -232,11 +258,9 @@ def cached(golden: Golden, config: Any, tokens: np.ndarray, chunks: list[int]) -
     return np.concatenate(logits, axis=1), selected
 
 
-@pytest.mark.parametrize("chunks", [[1] * 24, [11, 2, 11]], ids=["token by token", "uneven chunks"])
-@pytest.mark.parametrize("path", ["dense", "gathered"])
+@pytest.mark.parametrize("chunks", [[1] * 24, [11, 1, 1, 11]], ids=["token by token", "uneven chunks"])
 def test_cache_equals_full_forward(golden, path, chunks):
-    config = golden.config if path == "dense" else golden.gathered
-    logits, selected = cached(golden, config, golden.expected["tokens"], chunks)
+    logits, selected = cached(golden, golden.on(path), golden.expected["tokens"], chunks)
     assert_close(logits, golden.expected["logits"], "logits")
     for name, expected in golden.under("selected/").items():
         start = 0
@@ -246,12 +270,11 @@ def test_cache_equals_full_forward(golden, path, chunks):
             start = stop
 
 
-@pytest.mark.parametrize("chunks", [[1] * 12 + [12], [11, 2, 11]], ids=["token by token", "uneven chunks"])
-@pytest.mark.parametrize("path", ["dense", "gathered"])
+@pytest.mark.parametrize("chunks", [[1] * 13 + [11], [11, 1, 1, 11]], ids=["token by token", "uneven chunks"])
 def test_multi_token_prediction_through_a_cache(path, chunks):
     """A row whose lookahead lies in its own chunk is complete, whatever came before through the cache."""
     golden = load("mtp")
-    config = golden.config if path == "dense" else golden.gathered
+    config = golden.on(path)
     tokens, start = golden.expected["tokens"], 0
     cache = glm5.init_cache(config, tokens.shape[0], tokens.shape[1] + 3)
     for size in chunks:
@@ -265,43 +288,30 @@ def test_multi_token_prediction_through_a_cache(path, chunks):
     assert start == tokens.shape[1]
 
 
-@pytest.mark.parametrize("path", ["dense", "gathered"])
 def test_packed_equals_unpacked(golden, path):
-    """17 tokens of the first sequence, all of the second and some padding, in one row."""
-    config = golden.config if path == "dense" else golden.gathered
-    tokens, (first, second, padding) = golden.expected["tokens"], (17, 24, 3)
-    row = np.concatenate([tokens[0, :first], tokens[1], np.full(padding, 7, np.int32)])[None]
-    segments = np.repeat([1, 2, 0], [first, second, padding])[None].astype(np.int32)
-    positions = np.concatenate([np.arange(n) for n in (first, second, padding)])[None].astype(np.int32)
-    output = compiled(config, ("selected",))(golden.params, row, segment_ids=segments, positions=positions)
-    assert_close(output.logits[0, :first], golden.expected["logits"][0, :first], "first segment")
-    assert_close(output.logits[0, first:first + second], golden.expected["logits"][1], "second segment")
+    output = mixed_rows(golden.directory.name, path)
+    assert_close(output.logits[0, :17], golden.expected["logits"][0, :17], "first segment")
+    assert_close(output.logits[0, 17:41], golden.expected["logits"][1], "second segment")
     for name, expected in golden.under("selected/").items():
         keys = np.asarray(output.collected[name][0])
-        assert_same_keys(keys[:first], expected[0, :first], name)
-        shifted = np.where(expected[1] < 0, -1, expected[1] + first)
-        assert_same_keys(keys[first:first + second], shifted, name)
-        assert (keys[first + second:] == -1).all(), name
+        assert_same_keys(keys[:17], expected[0, :17], name)
+        assert_same_keys(keys[17:41], np.where(expected[1] < 0, -1, expected[1] + 17), name)
+        assert (keys[41:] == -1).all(), name
 
 
-@pytest.mark.parametrize("path", ["dense", "gathered"])
 def test_left_padding_changes_nothing(golden, path):
-    config = golden.config if path == "dense" else golden.gathered
-    tokens, pads = golden.expected["tokens"], (5, 8)
-    row = np.full((2, 29), 7, np.int32)
-    segments = np.zeros((2, 29), np.int32)
-    for b, pad in enumerate(pads):
-        row[b, pad:], segments[b, pad:] = tokens[b, :29 - pad], 1
-    logits = compiled(config)(golden.params, row, segment_ids=segments).logits
-    for b, pad in enumerate(pads):
-        assert_close(logits[b, pad:], golden.expected["logits"][b, :29 - pad], f"row {b}")
+    output = mixed_rows(golden.directory.name, path)
+    assert_close(output.logits[1, 20:], golden.expected["logits"][1], "logits")
+    for name, expected in golden.under("selected/").items():
+        keys = np.asarray(output.collected[name][1])
+        assert (keys[:20] == -1).all(), name
+        assert_same_keys(keys[20:], np.where(expected[1] < 0, -1, expected[1] + 20), name)
 
 
-@pytest.mark.parametrize("path", ["dense", "gathered"])
+@pytest.mark.parametrize("name, path", [(name, "dense") for name in NAMES] + [("sharing", "gathered")])
 def test_greedy_generation(golden, path):
-    config = golden.config if path == "dense" else golden.gathered
     expected = golden.expected["greedy"]
-    result = glm5.generate(golden.params, config, golden.expected["prompts"], temperature=0.0,
+    result = glm5.generate(golden.params, golden.on(path), golden.expected["prompts"], temperature=0.0,
                            prompt_lengths=golden.expected["prompt_lengths"], max_new_tokens=expected.shape[1])
     np.testing.assert_array_equal(result.tokens, expected)
     np.testing.assert_array_equal(result.lengths, np.full(len(expected), expected.shape[1]))

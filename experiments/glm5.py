@@ -1,0 +1,41 @@
+"""GLM-5 pre-training on one text: the main job.
+
+    python -m glm5_jax --config experiments/glm5.py:tiny
+
+tiny   two CPU cores, about two minutes of training: 1M parameters on 300 kB of Python documentation
+small  one accelerator: 100M parameters on the Python standard library
+glm5   the released sizes, values only: 744B parameters do not fit a single machine
+"""
+
+from ml_collections import ConfigDict
+
+ARGUMENTS = ("tiny", "small", "glm5")
+
+
+def get_config(arg: str = "tiny") -> ConfigDict:
+    """The values of `arg`, one of ARGUMENTS."""
+    if arg not in ARGUMENTS:
+        raise ValueError(f"experiments/glm5.py: expected one of {', '.join(ARGUMENTS)}, found {arg!r}")
+    config = ConfigDict(dict(
+        model=dict(preset=arg, overrides={}),
+        data=dict(source="packaged", seq_len=512, batch_size=4, held_out_fraction=0.1),
+        optimizer=dict(learning_rate=4e-3, final_learning_rate=4e-4, warmup_steps=10, weight_decay=0.1, b1=0.9,
+                       b2=0.95),
+        train=dict(steps=180, dense_steps=60, log_every=10, mtp_steps=1, mtp_weight=0.3, balance_weight=1e-4,
+                   indexer_weight=1.0, router_bias_rate=1e-3, max_grad_norm=1.0),
+        checkpoint=dict(every=30, keep=2),
+        sample=dict(prompt="The \"return\" statement", max_new_tokens=80, temperature=0.8),
+        seed=0,
+        compilation_cache="auto",
+    ))
+    if arg == "small":
+        config.data.update(source="stdlib", seq_len=2048, batch_size=16, held_out_fraction=0.02)
+        config.optimizer.update(learning_rate=6e-4, final_learning_rate=6e-5, warmup_steps=100)
+        config.train.update(steps=2000, dense_steps=500, mtp_steps=3)
+        config.checkpoint.update(every=250)
+    if arg == "glm5":
+        config.data.update(source="stdlib", seq_len=4096, batch_size=1024, held_out_fraction=0.01)
+        config.optimizer.update(learning_rate=2e-4, final_learning_rate=2e-5, warmup_steps=2000)
+        config.train.update(steps=100_000, dense_steps=0, mtp_steps=3)
+        config.checkpoint.update(every=1000)
+    return config
