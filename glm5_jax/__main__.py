@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rundir = RunDir.create(workdir, config=config.to_dict(), overrides=overrides)
         print(f"Run directory: {rundir.path}", flush=True)
     except (flags.Error, OSError, RuntimeError, ValueError) as error:
-        print(f"error: {_innermost(error)}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         return 2
     try:
         pipeline.run(job, rundir)
@@ -72,9 +72,11 @@ def _parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     rest = flag_values(list(argv))[1:]
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}; a value is set with --config.{rest[0]}=..., for example")
-    if flag_values.config is None:
-        raise ValueError("--config: expected an experiment file, found none; for example "
-                         "--config experiments/glm5.py:tiny")
+    given = flag_values["config"].present
+    name = config_flags.get_config_filename(flag_values["config"]) if given else ""
+    if not pathlib.Path(name.partition(":")[0]).is_file():
+        raise ValueError(f"--config: expected an experiment file, found {name or 'none'}; for example "
+                         f"--config experiments/glm5.py:tiny")
     return flag_values.config, flag_values
 
 
@@ -98,11 +100,11 @@ def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _paths(value, f"{prefix}{name}.")
 
 
-def _innermost(error: BaseException) -> BaseException:
-    """The error as it was first raised: absl and ml_collections wrap it in whole tracebacks."""
-    while isinstance(error, (flags.Error, ValueError)) and error.__context__ is not None:
+def _message(error: BaseException) -> str:
+    """What went wrong, without the tracebacks in which absl and ml_collections wrap an error of the experiment file."""
+    while "Traceback" in str(error) and error.__context__ is not None:
         error = error.__context__
-    return error
+    return str(error)
 
 
 def _command(argv: Sequence[str]) -> str:

@@ -41,6 +41,10 @@ class Data:
     batch_size: int
     held_out_fraction: float
 
+    def __post_init__(self) -> None:
+        if self.source not in sources.SOURCES:
+            raise ValueError(f"config.data.source: expected one of {sorted(sources.SOURCES)}, found {self.source!r}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
@@ -70,7 +74,7 @@ class Train:
 
     def __post_init__(self) -> None:
         if not 0 <= self.dense_steps <= self.steps or self.steps < 1:
-            raise ValueError(f"train: expected 0 <= dense_steps <= steps and steps >= 1, "
+            raise ValueError(f"config.train: expected 0 <= dense_steps <= steps and steps >= 1, "
                              f"found {self.dense_steps} and {self.steps}")
 
 
@@ -99,6 +103,11 @@ class Job:
     sample: Sample
     seed: int
     compilation_cache: str
+
+    def __post_init__(self) -> None:
+        if self.train.mtp_steps and not self.model.num_nextn_predict_layers:
+            raise ValueError(f"config.train.mtp_steps: expected 0 for a model without MTP layer, "
+                             f"found {self.train.mtp_steps}")
 
 
 def resolve(config: ConfigDict) -> Job:
@@ -260,9 +269,6 @@ def complete(job: Job, params: Any, tokenizer: Tokenizer) -> str:
 
 
 def _load(job: Job, tokenizer: Tokenizer) -> tuple[Batch, Batch, int]:
-    if tokenizer.vocab_size > job.model.vocab_size:
-        raise ValueError(f"config.model: vocab_size {job.model.vocab_size} is smaller than the tokenizer's "
-                         f"{tokenizer.vocab_size}")
     documents = sources.load(job.data.source)
     train, held_out = sources.split(documents, job.data.held_out_fraction, job.seed)
     train_rows, held_out_rows = (packing.pack(packing.tokenise(part, tokenizer), job.data.seq_len)

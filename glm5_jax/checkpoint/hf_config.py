@@ -35,10 +35,9 @@ def from_json(fields: Mapping[str, Any], *, dtype: str | None = None, latent_nor
     values["rope_theta"] = _rope_theta(fields)
     values["num_nextn_predict_layers"] = fields.get("num_nextn_predict_layers") or 0
     values["mlp_layer_types"] = fields.get("mlp_layer_types")
-    layers = values.get("num_hidden_layers", glm5().num_hidden_layers)
-    values["indexer_types"] = _indexer_types(fields, layers)
     dtype = dtype or fields.get("dtype") or fields.get("torch_dtype") or "float32"
     try:
+        values["indexer_types"] = _indexer_types(fields, values.get("num_hidden_layers", glm5().num_hidden_layers))
         return glm5(**values, latent_norm_eps=latent_norm_eps, dtype=dtype, param_dtype=dtype)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"config.json: {error}") from error
@@ -59,7 +58,8 @@ def _indexer_types(fields: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     pattern = fields.get("index_topk_pattern")
     if pattern is not None:
         return tuple({"F": "full", "S": "shared"}.get(kind, kind) for kind in pattern)[:layers]
-    freq, offset = max(fields.get("index_topk_freq") or 1, 1), fields.get("index_skip_topk_offset", 2)
+    freq, offset = max(fields.get("index_topk_freq") or 1, 1), fields.get("index_skip_topk_offset")
+    offset = 2 if offset is None else offset
     return tuple("full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(layers))
 
 

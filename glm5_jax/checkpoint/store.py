@@ -34,7 +34,8 @@ class Store:
             state=ocp.args.StandardSave(_nested(state)), extra=ocp.args.JsonSave({"value": extra})), force=True)
 
     def latest_step(self) -> int | None:
-        """The newest step saved completely, or None."""
+        """The newest step saved completely, or None; waits for a save under way."""
+        self._manager.wait_until_finished()
         return self._manager.latest_step()
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, Any]:
@@ -42,6 +43,7 @@ class Store:
 
         Raises ValueError naming the first array that the checkpoint holds in another shape or dtype, or not at all.
         """
+        self._manager.wait_until_finished()
         target = _nested(abstract_state)
         self._check(step, _flat(target))
         restored = self._manager.restore(step, args=ocp.args.Composite(

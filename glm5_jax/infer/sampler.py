@@ -12,7 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from glm5_jax.model.cache import init_cache
+from glm5_jax.model.cache import Cache, init_cache
 from glm5_jax.model.config import ModelConfig
 from glm5_jax.model.transformer import forward, unembed
 
@@ -69,15 +69,13 @@ def generate(params: Any, config: ModelConfig, prompts_BT: jax.Array | np.ndarra
                      temperature == 0, float(temperature), float(top_p), key, tuple(int(i) for i in stop_ids))
 
 
-@struct.dataclass
-class _Decoding:
-    step: jax.Array
-    cache: Any
-    logits_BV: jax.Array
+class _Decoding(struct.PyTreeNode):
+    step: jax.Array  # tokens drawn so far
+    cache: Cache
     tokens_BN: jax.Array
     logprobs_BN: jax.Array
     lengths_B: jax.Array
-    done_B: jax.Array
+    going_B: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("config", "new", "greedy", "stop_ids"))
@@ -90,28 +88,29 @@ def _generate(params: Any, config: ModelConfig, prompts_BT: jax.Array, prompt_le
                       cache=init_cache(config, batch, length + new))
     last_BD = jnp.take_along_axis(prefill.hidden, prompt_lengths_B[:, None, None] - 1, 1)[:, 0]
 
-    def pick(step: jax.Array, logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def draw(s: _Decoding, logits_BV: jax.Array) -> _Decoding:
         if greedy:
             log_p = jax.nn.log_softmax(logits_BV)
             token_B = jnp.argmax(logits_BV, -1)
         else:
             log_p = log_distribution(logits_BV, temperature, top_p)
-            token_B = jax.random.categorical(jax.random.fold_in(key, step), log_p)
-        return token_B.astype(jnp.int32), jnp.take_along_axis(log_p, token_B[:, None], -1)[:, 0]
+            token_B = jax.random.categorical(jax.random.fold_in(key, s.step), log_p)
+        logprob_B = jnp.take_along_axis(log_p, token_B[:, None], -1)[:, 0]
+        return s.replace(
+            step=s.step + 1,
+            tokens_BN=s.tokens_BN.at[:, s.step].set(jnp.where(s.going_B, token_B, 0)),
+            logprobs_BN=s.logprobs_BN.at[:, s.step].set(jnp.where(s.going_B, logprob_B, 0)),
+            lengths_B=s.lengths_B + s.going_B,
+            going_B=s.going_B & ~jnp.isin(token_B, jnp.array(stop_ids, jnp.int32)))
 
     def step(s: _Decoding) -> _Decoding:
-        token_B, logprob_B = pick(s.step, s.logits_BV)
-        going = ~s.done_B
-        stops = jnp.isin(token_B, jnp.array(stop_ids, jnp.int32))
-        out = forward(params, config, token_B[:, None], segment_ids=going[:, None].astype(jnp.int32), cache=s.cache)
-        return _Decoding(
-            s.step + 1, out.cache, out.logits[:, 0],
-            s.tokens_BN.at[:, s.step].set(jnp.where(going, token_B, 0)),
-            s.logprobs_BN.at[:, s.step].set(jnp.where(going, logprob_B, 0)),
-            s.lengths_B + going, s.done_B | stops)
+        last_B1 = lax.dynamic_slice_in_dim(s.tokens_BN, s.step - 1, 1, 1)
+        out = forward(params, config, last_B1, segment_ids=s.going_B[:, None].astype(jnp.int32), cache=s.cache)
+        return draw(s.replace(cache=out.cache), out.logits[:, 0])
 
-    zero, blank_BN = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, new), jnp.int32)
-    start = _Decoding(jnp.zeros((), jnp.int32), prefill.cache, unembed(params, config, last_BD), blank_BN,
-                      blank_BN.astype(jnp.float32), zero, zero.astype(bool))
-    end = lax.while_loop(lambda s: (s.step < new) & ~s.done_B.all(), step, start)
+    zero_B, blank_BN = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, new), jnp.int32)
+    start = _Decoding(jnp.zeros((), jnp.int32), prefill.cache, blank_BN, blank_BN.astype(jnp.float32), zero_B,
+                      ~zero_B.astype(bool))
+    start = draw(start, unembed(params, config, last_BD))
+    end = lax.while_loop(lambda s: (s.step < new) & s.going_B.any(), step, start)
     return Generation(end.tokens_BN, end.logprobs_BN, end.lengths_B)

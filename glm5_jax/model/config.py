@@ -6,12 +6,15 @@
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
-
 from glm5_jax.core.mesh import ShardingRules
 
 IndexerType = Literal["full", "shared"]
 MlpType = Literal["dense", "sparse"]
+
+
+# Fields that follow from others unless they are given.
+DERIVED_FIELDS = ("mlp_layer_types", "indexer_types", "latent_norm_eps")
+DTYPE_FIELDS = ("dtype", "param_dtype")
 
 
 class LayerKind(NamedTuple):
@@ -75,25 +78,33 @@ class ModelConfig:
     sharding: ShardingRules = ShardingRules()
 
     def __post_init__(self) -> None:
-        set_ = lambda name, value: object.__setattr__(self, name, value)
-        if self.latent_norm_eps is None:
-            set_("latent_norm_eps", self.rms_norm_eps)
-        if self.mlp_layer_types is None:
-            dense = min(self.first_k_dense_replace, self.num_hidden_layers)
-            set_("mlp_layer_types", ("dense",) * dense + ("sparse",) * (self.num_hidden_layers - dense))
-        if self.indexer_types is None:
-            set_("indexer_types", ("full",) * self.num_hidden_layers)
-        set_("mlp_layer_types", tuple(self.mlp_layer_types))
-        set_("indexer_types", tuple(self.indexer_types))
-        set_("dtype", str(jnp.dtype(self.dtype)))
-        set_("param_dtype", str(jnp.dtype(self.param_dtype)))
-        self._check()
+        self._check_numbers()
+        for field in DTYPE_FIELDS:
+            object.__setattr__(self, field, getattr(getattr(self, field), "__name__", str(getattr(self, field))))
+        for field in DERIVED_FIELDS:
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, self._derived(field))
+        for field in ("mlp_layer_types", "indexer_types"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        self._check_relations()
 
-    def _check(self) -> None:
-        def expect(ok: bool, field: str, expected: str) -> None:
-            if not ok:
-                raise ValueError(f"ModelConfig.{field}: expected {expected}, found {getattr(self, field)!r}")
+    def _derived(self, field: str) -> Any:
+        """What a field is where it is not given."""
+        match field:
+            case "latent_norm_eps":
+                return self.rms_norm_eps
+            case "indexer_types":
+                return ("full",) * self.num_hidden_layers
+            case "mlp_layer_types":
+                dense = min(self.first_k_dense_replace, self.num_hidden_layers)
+                return ("dense",) * dense + ("sparse",) * (self.num_hidden_layers - dense)
 
+    def _expect(self, ok: bool, field: str, expected: str) -> None:
+        if not ok:
+            raise ValueError(f"ModelConfig.{field}: expected {expected}, found {getattr(self, field)!r}")
+
+    def _check_numbers(self) -> None:
+        expect = self._expect
         positive = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "moe_intermediate_size",
                     "n_routed_experts", "num_experts_per_tok", "num_attention_heads", "q_lora_rank", "kv_lora_rank",
                     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim",
@@ -103,9 +114,15 @@ class ModelConfig:
             value = getattr(self, field)
             expect(isinstance(value, int) and not isinstance(value, bool) and value > 0, field, "a positive integer")
         for field in ("rope_theta", "rms_norm_eps", "latent_norm_eps", "routed_scaling_factor"):
-            expect(getattr(self, field) > 0, field, "a positive number")
-        expect(self.first_k_dense_replace >= 0, "first_k_dense_replace", "a number of layers, 0 or more")
-        expect(self.dense_attention_max_len >= 0, "dense_attention_max_len", "a length, 0 or more")
+            value = getattr(self, field)
+            absent = value is None and field in DERIVED_FIELDS
+            expect(absent or isinstance(value, (int, float)) and value > 0, field, "a positive number")
+        for field in ("first_k_dense_replace", "dense_attention_max_len"):
+            value = getattr(self, field)
+            expect(isinstance(value, int) and value >= 0, field, "an integer, 0 or more")
+
+    def _check_relations(self) -> None:
+        expect = self._expect
         expect(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number (rotary pairs)")
         expect(self.index_head_dim >= self.qk_rope_head_dim, "index_head_dim",
                f"at least qk_rope_head_dim = {self.qk_rope_head_dim}")
@@ -124,7 +141,7 @@ class ModelConfig:
         expect(self.num_nextn_predict_layers in (0, 1), "num_nextn_predict_layers",
                "0 or 1 (one layer, shared by all steps)")
         expect(self.remat in ("none", "full", "dots"), "remat", "'none', 'full' or 'dots'")
-        for field in ("dtype", "param_dtype"):
+        for field in DTYPE_FIELDS:
             expect(getattr(self, field) in ("float32", "bfloat16", "float64"), field,
                    "'float32', 'bfloat16' or 'float64'")
 
@@ -143,8 +160,9 @@ class ModelConfig:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     def replace(self, **changes: Any) -> "ModelConfig":
-        """A copy with the given fields changed, checked anew."""
-        return dataclasses.replace(self, **changes)
+        """A copy with the given fields changed, checked anew; fields that followed from others follow them again."""
+        follow = {field: None for field in DERIVED_FIELDS if getattr(self, field) == self._derived(field)}
+        return dataclasses.replace(self, **{**follow, **changes})
 
 
 def glm5(**changes: Any) -> ModelConfig:
@@ -160,8 +178,9 @@ def glm5(**changes: Any) -> ModelConfig:
 def glm5_2(**changes: Any) -> ModelConfig:
     """GLM-5.2: as GLM-5, with one indexer for each group of four layers and a context of 1M tokens."""
     full = lambda layer: max(layer - 2, 0) % 4 == 0  # index_topk_freq 4, index_skip_topk_offset 3
+    layers = changes.get("num_hidden_layers", 78)
     return glm5(**{**dict(
-        indexer_types=tuple("full" if full(layer) else "shared" for layer in range(78)),
+        indexer_types=tuple("full" if full(layer) else "shared" for layer in range(layers)),
         rope_theta=8e6, max_position_embeddings=1048576), **changes})
 
 

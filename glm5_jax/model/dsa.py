@@ -122,8 +122,10 @@ def gather_rows(rows_BSC: jax.Array, selected_BTK: jax.Array) -> jax.Array:
 def kl_rows(attention_BTS: jax.Array, scores_BTS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """KL(p || softmax of the scores) of each query over the keys of the mask, float32 [B, T].
 
-    `attention_BTS` is p: the attention averaged over heads, detached here. DeepSeek-V3.2 report, section 2.1.
+    `attention_BTS` is p: the attention averaged over heads, detached here. A NaN score is not visible. DeepSeek-V3.2
+    report, section 2.1.
     """
+    mask_BTS = mask_BTS & ~jnp.isnan(scores_BTS)
     p = lax.stop_gradient(attention_BTS.astype(jnp.float32))
     log_q = masked.masked_log_softmax(scores_BTS, mask_BTS)
     log_p = jnp.log(jnp.where(p > 0, p, 1.0))

@@ -72,8 +72,9 @@ def forward(params: Params, config: ModelConfig, tokens: jax.Array, *, positions
 
     `segment_ids` int32 [B, T] keep packed documents apart; 0 is padding; default 1. `positions` int32 [B, T] default
     to the rank within the segment, with a cache to each row's length onward. A cache makes earlier tokens visible and
-    is returned extended; padding takes no room in it. `mtp_steps` unrolls the MTP layer; in a row, the last k
-    positions of step k have nothing to read yet and mean nothing until a later call with the cache completes them.
+    is returned extended; padding takes no room in it. `mtp_steps` unrolls the MTP layer; the last k positions of a
+    row have no token to read in step k and mean nothing. A later call with the cache completes their keys, so that a
+    sequence fed in pieces gives what it gives whole: provided that every call on a cache has the same `mtp_steps`.
 
     `collect` takes "hidden" (`hidden/<i>` after i layers, `hidden/final_norm`), "index_scores"
     (`index_scores/<layer>` [B, T, S], -inf where not visible), "selected" (`selected/<layer>` [B, T, K]) and "router"
@@ -83,7 +84,7 @@ def forward(params: Params, config: ModelConfig, tokens: jax.Array, *, positions
 
     Raises ValueError for a wrong rank, dtype or option and, outside jit, for a cache without room.
     """
-    collect = tuple(sorted(set(collect)))
+    tokens, collect = jnp.asarray(tokens), tuple(sorted(set(collect)))
     _check(config, tokens, positions, segment_ids, cache, mtp_steps, indexer_loss, collect)
     return _forward(params, config, tokens, positions, segment_ids, cache, mtp_steps,
                     layer.Request(indexer_loss, collect))
@@ -157,9 +158,13 @@ def _open_view(config: ModelConfig, tokens: jax.Array, positions: jax.Array | No
 
 
 def _ranks_in_segment(segment_ids_BT: jax.Array) -> jax.Array:
+    """How many earlier tokens of the row have the same segment id, wherever they stand, int32 [B, T]."""
+    order = jnp.argsort(segment_ids_BT, axis=1, stable=True)
+    grouped = jnp.take_along_axis(segment_ids_BT, order, 1)
     steps = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
-    starts = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
-    return steps - lax.cummax(jnp.where(starts, steps, 0), axis=1)
+    starts = jnp.concatenate([jnp.ones_like(grouped[:, :1], bool), grouped[:, 1:] != grouped[:, :-1]], 1)
+    ranks_sorted = steps - lax.cummax(jnp.where(starts, steps, 0), axis=1)
+    return jnp.take_along_axis(ranks_sorted, jnp.argsort(order, axis=1), 1)
 
 
 def _run_layers(params: Params, config: ModelConfig, flow: layer.Flow, view: layer.View, request: layer.Request
@@ -213,9 +218,9 @@ def _by_name(reports: dict[int, dict[str, Any]]) -> dict[str, jax.Array]:
 
 def _check(config: ModelConfig, tokens: Any, positions: Any, segment_ids: Any, cache: Cache | None, mtp_steps: int,
            indexer_loss: str | None, collect: tuple[str, ...]) -> None:
-    if jnp.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
-        raise ValueError(f"tokens: expected integers [batch, time], found {jnp.result_type(tokens)} "
-                         f"{list(jnp.shape(tokens))}")
+    if tokens.ndim != 2 or tokens.size == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens: expected integers [batch, time], at least one, found {tokens.dtype} "
+                         f"{list(tokens.shape)}")
     for name, value in (("positions", positions), ("segment_ids", segment_ids)):
         if value is not None and jnp.shape(value) != jnp.shape(tokens):
             raise ValueError(f"{name}: expected the shape of tokens {list(jnp.shape(tokens))}, "

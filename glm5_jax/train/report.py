@@ -51,7 +51,7 @@ def draw(rows: Rows, path: str | os.PathLike[str], *, title: str, stages: dict[s
         for end in list(stages.values())[:-1]:
             axes.axvline(end, color="0.7", linewidth=1, linestyle="--")
         _name_stages(axes, stages)
-        axes.set(xlabel="step", title=label)
+        axes.set(xlabel="step", title=label, xlim=(0, max(stages.values())))
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         if floor is not None:
             axes.set_ylim(bottom=floor)

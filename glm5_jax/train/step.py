@@ -79,7 +79,7 @@ def make_eval_step(config: ModelConfig) -> Callable[[Any, Batch], Mean]:
 
 def clip(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
     """The gradients, scaled down to a global norm of at most `max_norm`, and the norm they had, float32 []."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree_utils.tree_norm(grads)
     scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), norm
 
@@ -121,7 +121,7 @@ def _objective(params: Any, config: ModelConfig, options: Options, batch: Batch,
                                  indexer_loss=options.indexer_loss)
     every_logits = [output.logits, *(output.mtp_logits if options.mtp_steps else ())]
     names = ["lm_loss", *(f"mtp_loss/{k}" for k in range(1, options.mtp_steps + 1))]
-    factors = [1.0] + [options.mtp_weight / options.mtp_steps] * options.mtp_steps
+    factors = [1.0] + [options.mtp_weight / max(options.mtp_steps, 1)] * options.mtp_steps
     loss, metrics = jnp.zeros(()), {}
     for name, factor, logits, (targets, weights), count in zip(
             names, factors, every_logits, _predictions(batch, options), counts):

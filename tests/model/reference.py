@@ -53,8 +53,9 @@ def silu(x):
 
 def softmax(x, mask):
     """Over the last axis where the mask holds; zeros where nothing is left."""
-    weights = np.where(mask, np.exp(x - np.max(x, -1, keepdims=True, where=mask, initial=-1e300)), 0)
-    return weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    top = np.where(mask, x, -np.inf).max(-1, keepdims=True)
+    weights = np.exp(np.where(mask, x - np.where(mask.any(-1, keepdims=True), top, 0), -np.inf))
+    return weights / np.where(mask.any(-1, keepdims=True), weights.sum(-1, keepdims=True), 1)
 
 
 def rotate(x, positions, theta):

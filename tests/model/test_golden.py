@@ -24,6 +24,9 @@ GRADIENT_TOLERANCE = 1e-3  # of the gradient's norm, tensor by tensor
 MTP_STEPS = 3
 MTP_LOSS_WEIGHT = 0.3
 
+QUICK = {"xla_backend_optimization_level": 0}  # these programs compile far longer than they run
+ON_SOME_PATHS = [(name, "dense") for name in NAMES] + [("plain", "gathered"), ("sharing", "gathered")]
+
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
@@ -63,7 +66,7 @@ def compiled(config: Any, collect: tuple[str, ...] = (), **options: Any) -> Call
     def run(params, tokens, **arrays):
         return glm5.forward(params, config, tokens, collect=collect, **options, **arrays)
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=QUICK)
 
 
 @functools.cache
@@ -201,7 +204,7 @@ def gradients(name: str, path: str) -> dict[str, np.ndarray]:
         parts = losses(golden, glm5.forward(params, config, golden.expected["tokens"], mtp_steps=golden.mtp_steps))
         return parts["loss"] + MTP_LOSS_WEIGHT * parts.get("mtp_loss", 0.0)
 
-    return glm5.to_hf(config, jax.jit(jax.grad(objective))(golden.params))
+    return glm5.to_hf(config, jax.jit(jax.grad(objective), compiler_options=QUICK)(golden.params))
 
 
 WITH_GRADIENTS = [(name, "dense") for name in ("groups", "mtp", "plain", "tied_bias")] + [
@@ -259,6 +262,7 @@ def cached(golden: Golden, config: Any, tokens: np.ndarray, chunks: list[int]) -
 
 
 @pytest.mark.parametrize("chunks", [[1] * 24, [11, 1, 1, 11]], ids=["token by token", "uneven chunks"])
+@pytest.mark.parametrize("name, path", ON_SOME_PATHS)
 def test_cache_equals_full_forward(golden, path, chunks):
     logits, selected = cached(golden, golden.on(path), golden.expected["tokens"], chunks)
     assert_close(logits, golden.expected["logits"], "logits")
@@ -288,6 +292,7 @@ def test_multi_token_prediction_through_a_cache(path, chunks):
     assert start == tokens.shape[1]
 
 
+@pytest.mark.parametrize("name, path", ON_SOME_PATHS)
 def test_packed_equals_unpacked(golden, path):
     output = mixed_rows(golden.directory.name, path)
     assert_close(output.logits[0, :17], golden.expected["logits"][0, :17], "first segment")
@@ -299,6 +304,7 @@ def test_packed_equals_unpacked(golden, path):
         assert (keys[41:] == -1).all(), name
 
 
+@pytest.mark.parametrize("name, path", ON_SOME_PATHS)
 def test_left_padding_changes_nothing(golden, path):
     output = mixed_rows(golden.directory.name, path)
     assert_close(output.logits[1, 20:], golden.expected["logits"][1], "logits")

@@ -1,0 +1,196 @@
+"""The command line and the main job, end to end on a model of two layers; and what a mistyped command is told."""
+
+import json
+import pathlib
+import signal
+import sys
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from glm5_jax import __main__ as command
+from glm5_jax import pipeline
+from glm5_jax.checkpoint import convert
+from glm5_jax.train import loop, report
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILE = str(ROOT / "experiments" / "glm5.py")
+SMALL_MODEL = {
+    "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16, "moe_intermediate_size": 8,
+    "n_routed_experts": 4, "num_attention_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4, "v_head_dim": 8, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 8,
+    "query_chunk": 32}
+VALUES = {"train.steps": 3, "train.dense_steps": 1, "train.log_every": 1, "checkpoint.every": 2,
+          "data.seq_len": 32, "data.batch_size": 2, "data.held_out_fraction": 0.02,
+          "optimizer.warmup_steps": 1, "sample.max_new_tokens": 4, "model.overrides": SMALL_MODEL}
+
+
+def arguments(workdir, *more):
+    return ["glm5-jax", "--config", f"{FILE}:tiny", f"--workdir={workdir}",
+            *(f"--config.{name}={value}" for name, value in VALUES.items()), *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a finished run and what it printed."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    capture = pytest.MonkeyPatch()
+    lines = []
+    capture.setattr(pipeline, "_say", lines.append)
+    try:
+        assert command.main(arguments(directory)) == 0
+    finally:
+        capture.undo()
+    return directory, "\n".join(lines)
+
+
+def test_the_main_job_leaves_what_it_promises(finished):
+    directory, printed = finished
+    result = json.loads((directory / "result.json").read_text())
+    assert result["steps"] == 3 and result["tokens"] == 3 * 2 * 32
+    before, after = (result["held_out_bits_per_byte"][name] for name in ("before", "after"))
+    rows = report.read_rows(directory / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert {"lm_loss", "mtp_loss/1", "indexer_kl", "grad_norm", "expert_load"} <= set(rows[-1])
+    # A model that knows nothing needs log2(4096) = 12 bits a token.
+    bytes_per_token = 12 / before
+    assert 2 < bytes_per_token < 6
+    assert after < before
+    assert (directory / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((directory / "config.json").read_text())["train"]["steps"] == 3
+    assert json.loads((directory / "overrides.json").read_text())["train.steps"] == 3
+    for expected in (f"{before:.4f} before, {after:.4f} after", "tokens per second", result["completion"],
+                     "read back, equal bit for bit", str(directory / "report.png")):
+        assert expected in printed
+
+
+def test_the_export_is_the_trained_model(finished):
+    config, params = convert.load_hf(finished[0] / "hf")
+    assert (config.num_hidden_layers, config.vocab_size) == (2, 4096)
+    pipeline.export_and_reload(finished[0].parent / "again", config, params)
+
+
+def test_an_export_that_changes_a_parameter_is_an_error(finished, monkeypatch, tmp_path):
+    config, params = convert.load_hf(finished[0] / "hf")
+    changed = {**params, "norm": params["norm"].at[3].add(1e-7)}
+    monkeypatch.setattr(pipeline.convert, "load_hf", lambda _: (config, changed))
+    with pytest.raises(RuntimeError, match="parameter norm came back different"):
+        pipeline.export_and_reload(tmp_path, config, params)
+
+
+def test_a_finished_run_reports_its_stored_result(finished, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "pretrain", None)  # nothing is trained again
+    assert command.main(arguments(finished[0])) == 0
+    printed = capsys.readouterr().out
+    assert "finished; this is its result" in printed and "held-out bits per byte" in printed
+
+
+def test_a_finished_run_is_not_taken_over_by_another_config(finished, capsys):
+    assert command.main(arguments(finished[0], "--config.train.steps=5")) == 2
+    assert "train.steps: 3 -> 5" in capsys.readouterr().err
+
+
+def test_stopped_by_a_signal_the_same_command_resumes_exactly(finished, tmp_path, capsys, monkeypatch):
+    run_loop = loop.run
+
+    def stopping(state, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop._Progress, "advance", lambda self: signal.raise_signal(signal.SIGINT))
+            return run_loop(state, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "run", stopping)
+    assert command.main(arguments(tmp_path / "parts")) == 130
+    told = capsys.readouterr().err
+    assert "Stopped after step 1, which is saved. The same command resumes" in told
+    assert f"--workdir={tmp_path / 'parts'}" in told
+    monkeypatch.setattr(loop, "run", run_loop)
+    assert command.main(arguments(tmp_path / "parts")) == 0
+    assert "Resumed from step 1 of 3" in capsys.readouterr().out
+    for name in ("model.safetensors",):
+        assert (tmp_path / "parts/hf" / name).read_bytes() == (finished[0] / "hf" / name).read_bytes()
+    whole, parts = (json.loads((path / "result.json").read_text()) for path in (finished[0], tmp_path / "parts"))
+    assert parts["held_out_bits_per_byte"] == whole["held_out_bits_per_byte"]
+    assert parts["completion"] == whole["completion"]
+
+
+def test_without_matplotlib_the_run_goes_on(finished, monkeypatch, capsys):
+    job = pipeline.resolve(command.parse(arguments("unused"))[0])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    rows = report.read_rows(finished[0] / "metrics.jsonl")
+    rundir = type("RunDir", (), {"path": finished[0]})
+    assert pipeline._draw(job, rundir, rows, "title") is None
+    assert "pip install 'glm5-jax[viz]'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "--config: expected an experiment file, found none"),
+    (["--config"], "Missing value for flag --config"),
+    (["--config", "experiments/none.py"], "found experiments/none.py"),
+    (["--config", f"{FILE}:tinny"], "expected one of tiny, small, glm5, found 'tinny'"),
+    (["--config", f"{FILE}:tiny", "--config.train.stepz=3"], "no such value; did you mean 'train.steps'?"),
+    (["--config", f"{FILE}:tiny", "--config.train.stepz", "3"], "no such value; did you mean 'train.steps'?"),
+    (["--config", f"{FILE}:tiny", "--config.train.steps=many"], "--config.train.steps=many: invalid literal"),
+    (["--config", f"{FILE}:tiny", "--config.data.source=wiki"], "one of ['packaged', 'stdlib'], found 'wiki'"),
+    (["--config", f"{FILE}:tiny", "--config.model.overrides={'num_layers': 2}"], "did you mean 'num_hidden_layers'?"),
+    (["--config", f"{FILE}:tiny", "--config.train.dense_steps=999"], "0 <= dense_steps <= steps"),
+    (["--config", f"{FILE}:tiny", "--workdirs=x"], "Did you mean: workdir"),
+    (["--config", f"{FILE}:tiny", "fast"], "unexpected argument 'fast'"),
+])
+def test_a_mistyped_command_is_told_in_one_line(argv, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["glm5-jax", *argv]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.startswith("error: ") and told.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_the_run_directory_is_named_after_the_experiment():
+    assert command.parse(["x", "--config", f"{FILE}:small"])[2] == "runs/glm5-small"
+    assert command.parse(["x", f"--config={FILE}"])[2] == "runs/glm5"
+
+
+def values(**changes):
+    config, _, _ = command.parse(arguments("unused"))
+    config = config.copy_and_resolve_references()
+    config.unlock()
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        if value is None:
+            del config[section][field]
+        else:
+            config[section][field] = value
+    return config
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"train__steps": None}, "config.train: expected the field 'steps', found none"),
+    ({"train__step": 3}, "config.train: unknown field 'step'; did you mean 'steps'?"),
+    ({"optimizer__b1": "0.9"}, "config.optimizer.b1: expected float, found str '0.9'"),
+    ({"checkpoint__every": 1.5}, "config.checkpoint.every: expected int, found float 1.5"),
+    ({"model__preset": "tinny"}, "config.model.preset: expected one of"),
+    ({"model__overrides": {"num_nextn_predict_layers": 0}}, "config.train.mtp_steps: expected 0"),
+])
+def test_values_that_make_no_job(changes, message):
+    with pytest.raises(ValueError) as error:
+        pipeline.resolve(values(**changes))
+    assert message in str(error.value)
+
+
+def test_whole_numbers_stand_for_floats_and_sections_must_be_sections():
+    assert pipeline.resolve(values(optimizer__learning_rate=1)).optimizer.learning_rate == 1.0
+    with pytest.raises(ValueError, match="config.train: expected a section with steps"):
+        config = values()
+        config.train = 3
+        pipeline.resolve(config)
+
+
+def test_bits_per_byte_is_nats_over_ln_2_over_bytes(finished):
+    job = pipeline.resolve(command.parse(arguments("unused"))[0])
+    _, params = convert.load_hf(finished[0] / "hf")
+    uniform = jax.tree.map(np.zeros_like, params)
+    rows, _, _ = pipeline._load(job, pipeline.Tokenizer.packaged())
+    first = jax.tree.map(lambda x: x[:3], rows)
+    assert pipeline.bits_per_byte(job, uniform, first, 100) == pytest.approx(first.weights.sum() * 12 / 100)
+    assert isinstance(values(), ml_collections.ConfigDict)
