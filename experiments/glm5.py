@@ -2,9 +2,11 @@
 
     python -m glm5_jax --config experiments/glm5.py:tiny
 
-tiny   two CPU cores, about two minutes of training: 1M parameters on 300 kB of Python documentation
-small  one accelerator: 100M parameters on the Python standard library
-glm5   the released sizes, values only: 744B parameters do not fit a single machine
+tiny   1M parameters, 300 kB of Python documentation, 367k tokens. Two CPU cores, no accelerator: about two minutes of
+       training beside half a minute of compilation (the first time). Expected: held-out bits per byte 2.71 before,
+       1.83 after (1.81 to 1.85); busiest expert 1.2 times the mean load.
+small  100M parameters on the Python standard library, 65M tokens: one accelerator. Not measured yet.
+glm5   the released sizes, values only: 744B parameters do not fit a single machine.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +24,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         optimizer=dict(learning_rate=4e-3, final_learning_rate=4e-4, warmup_steps=10, weight_decay=0.1, b1=0.9,
                        b2=0.95),
         train=dict(steps=180, dense_steps=60, log_every=10, mtp_steps=1, mtp_weight=0.3, balance_weight=1e-4,
-                   indexer_weight=1.0, router_bias_rate=1e-3, max_grad_norm=1.0),
+                   indexer_weight=1.0, router_bias_rate=1e-2, max_grad_norm=1.0),
         checkpoint=dict(every=30, keep=2),
         sample=dict(prompt="The \"return\" statement", max_new_tokens=80, temperature=0.8),
         seed=0,
@@ -31,11 +33,11 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     if arg == "small":
         config.data.update(source="stdlib", seq_len=2048, batch_size=16, held_out_fraction=0.02)
         config.optimizer.update(learning_rate=6e-4, final_learning_rate=6e-5, warmup_steps=100)
-        config.train.update(steps=2000, dense_steps=500, mtp_steps=3)
+        config.train.update(steps=2000, dense_steps=500, mtp_steps=3, router_bias_rate=1e-3)
         config.checkpoint.update(every=250)
     if arg == "glm5":
         config.data.update(source="stdlib", seq_len=4096, batch_size=1024, held_out_fraction=0.01)
         config.optimizer.update(learning_rate=2e-4, final_learning_rate=2e-5, warmup_steps=2000)
-        config.train.update(steps=100_000, dense_steps=0, mtp_steps=3)
+        config.train.update(steps=100_000, dense_steps=0, mtp_steps=3, router_bias_rate=1e-3)
         config.checkpoint.update(every=1000)
     return config

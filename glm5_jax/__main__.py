@@ -5,6 +5,7 @@ Every value of the experiment file can be overridden. Running the same command a
 
 import pathlib
 import re
+import shlex
 import sys
 from typing import Any, Iterator, Mapping, Sequence
 
@@ -59,10 +60,11 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, dict[str, Any], str]:
         if name not in known:
             raise ValueError(f"--config.{name}: the experiment has no such value{pipeline.nearest(name, known)}")
     config, flag_values = _parse(argv)
-    overrides = config_flags.get_override_values(flag_values["config"])
+    overrides = {name: value.to_dict() if isinstance(value, ConfigDict) else value
+                 for name, value in config_flags.get_override_values(flag_values["config"]).items()}
     file, _, argument = config_flags.get_config_filename(flag_values["config"]).partition(":")
     experiment = "-".join(filter(None, [pathlib.Path(file).stem, argument]))
-    return config, dict(overrides), flag_values.workdir or f"runs/{experiment}"
+    return config, overrides, flag_values.workdir or f"runs/{experiment}"
 
 
 def _parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
@@ -108,7 +110,7 @@ def _message(error: BaseException) -> str:
 
 
 def _command(argv: Sequence[str]) -> str:
-    return " ".join(["python -m glm5_jax", *argv[1:]])
+    return f"python -m glm5_jax {shlex.join(argv[1:])}"
 
 
 if __name__ == "__main__":

@@ -284,10 +284,12 @@ def _use_compilation_cache(job: Job, rundir: RunDir) -> None:
     if job.compilation_cache == "off":
         return
     if job.compilation_cache != "auto":
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(job.compilation_cache).expanduser().resolve()))
-    elif jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(rundir.path.parent / ".cache" / "jax"))
-    _say(f"Compiled programs are kept in {jax.config.jax_compilation_cache_dir}.")
+        directory = pathlib.Path(job.compilation_cache).expanduser().resolve()
+    else:  # what the user's environment says comes first
+        environment = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+        directory = environment or rundir.path.parent / ".cache" / "jax"
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    _say(f"Compiled programs are kept in {directory}.")
 
 
 def _draw(job: Job, rundir: RunDir, rows: report.Rows, title: str) -> str | None:

@@ -51,8 +51,10 @@ def _rope_theta(fields: Mapping[str, Any]) -> float:
     return rope.get("rope_theta") or fields.get("rope_theta") or 1e6
 
 
-def _indexer_types(fields: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+def _indexer_types(fields: Mapping[str, Any], layers: Any) -> tuple[str, ...] | None:
     """The list itself, or the pattern, or every `index_topk_freq`-th layer from the offset."""
+    if not isinstance(layers, int):
+        return None  # ModelConfig says what is wrong with it
     if fields.get("indexer_types") is not None:
         return tuple(fields["indexer_types"][:layers])
     pattern = fields.get("index_topk_pattern")

@@ -50,7 +50,8 @@ class Store:
             state=ocp.args.StandardRestore(target), extra=ocp.args.JsonRestore()))
         found = _flat(restored["state"])
         leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_state)
-        return treedef.unflatten([found[core_params.path_name(path)] for path, _ in leaves]), restored["extra"]["value"]
+        state = jax.tree.unflatten(treedef, [found[core_params.path_name(path)] for path, _ in leaves])
+        return state, restored["extra"]["value"]
 
     def close(self) -> None:
         """Waits until everything is written."""

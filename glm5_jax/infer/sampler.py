@@ -71,7 +71,7 @@ def generate(params: Any, config: ModelConfig, prompts_BT: jax.Array | np.ndarra
 
 class _Decoding(struct.PyTreeNode):
     step: jax.Array  # tokens drawn so far
-    cache: Cache
+    cache: Cache | None
     tokens_BN: jax.Array
     logprobs_BN: jax.Array
     lengths_B: jax.Array

@@ -33,7 +33,7 @@ def build(specs: Any, *, learning_rate: float | Schedule, weight_decay: float = 
 
 
 def descend(learning_rate: float | Schedule) -> optax.GradientTransformationExtraArgs:
-    """Multiplies by minus the learning rate; keeps no count of its own, since the tokens seen are in the train state."""
+    """Multiplies by minus the learning rate; keeps no count of its own: the train state knows the tokens seen."""
     schedule = learning_rate if callable(learning_rate) else constant(learning_rate)
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None, *, tokens_seen: jax.Array, **_: Any

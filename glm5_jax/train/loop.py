@@ -92,7 +92,10 @@ def run(state: TrainState, train_step: Callable[[TrainState, Batch], tuple[Train
 
 
 def resume(store: Store, target: TrainState, batches: Batches) -> TrainState | None:
-    """The newest saved state, in the shapes and shardings of `target`, with `batches` put where it left them; or None."""
+    """The newest saved state, in the shapes and shardings of `target`, with `batches` put where it left them.
+
+    None where nothing is saved. Raises ValueError for a state of other shapes, as `Store.restore` does.
+    """
     step = store.latest_step()
     if step is None:
         return None

@@ -119,7 +119,7 @@ def _objective(params: Any, config: ModelConfig, options: Options, batch: Batch,
     output = transformer.forward(params, config, batch.tokens, positions=batch.positions,
                                  segment_ids=batch.segment_ids, mtp_steps=options.mtp_steps,
                                  indexer_loss=options.indexer_loss)
-    every_logits = [output.logits, *(output.mtp_logits if options.mtp_steps else ())]
+    every_logits = [output.logits, *(() if output.mtp_logits is None else output.mtp_logits)]
     names = ["lm_loss", *(f"mtp_loss/{k}" for k in range(1, options.mtp_steps + 1))]
     factors = [1.0] + [options.mtp_weight / max(options.mtp_steps, 1)] * options.mtp_steps
     loss, metrics = jnp.zeros(()), {}

@@ -152,7 +152,8 @@ def test_dtype_and_size():
     layers, full_layers, steps = 5, 2, RICH.mtp_unroll
     assert cache.latents_LBSR.shape == (layers + steps, 2, ROOM, RICH.kv_lora_rank + RICH.qk_rope_head_dim)
     assert cache.index_keys_NBSC.shape == (full_layers + steps, 2, ROOM, RICH.index_head_dim)
-    assert {cache.latents_LBSR.dtype, cache.index_keys_NBSC.dtype, cache.last_hidden_BUD.dtype} == {jnp.dtype("bfloat16")}
+    for array in (cache.latents_LBSR, cache.index_keys_NBSC, cache.last_hidden_BUD):
+        assert array.dtype == jnp.bfloat16
     without = glm5.init_cache(RICH.replace(num_nextn_predict_layers=0), 2, ROOM)
     assert without.latents_LBSR.shape[0] == layers and without.latents_LBSR.dtype == jnp.float32
 

@@ -1,5 +1,6 @@
 """`forward` as a whole, against the NumPy model of `reference.py` and against what must hold of any causal model."""
 
+from collections.abc import Iterator
 import functools
 import re
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import glm5_jax as glm5
+from glm5_jax.core.params import abstract
 from tests.model import reference
 from tests.model.reference import MICRO, random_params, RICH
 
@@ -72,7 +74,8 @@ def test_forward_equals_the_reference(name, path, indexer_loss, default_position
                 kl.setdefault(what, []).append(value[0][value[1]])
     moe_layers = [i for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
     np.testing.assert_array_equal(out.aux["expert_load"], [sum(r.found[f"load/{i}"] for r in rows) for i in moe_layers])
-    close(out.aux["balance_loss"], np.mean([[r.found[f"balance/{i}"] for r in rows[:3]] for i in moe_layers]), "balance")
+    balance = [[row.found[f"balance/{i}"] for row in rows[:3]] for i in moe_layers]  # the fourth row is empty
+    close(out.aux["balance_loss"], np.mean(balance), "balance")
     assert out.aux["index_nan"] == 0
 
     mtp_kl = []
@@ -200,8 +203,7 @@ def shapes_in(text: str) -> list[tuple[int, ...]]:
 
 def test_logits_nobody_reads_are_not_computed():
     config = PAIR.replace(vocab_size=1009, num_nextn_predict_layers=0)
-    params = glm5.param_specs(config)
-    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), params, is_leaf=lambda x: hasattr(x, "axes"))
+    params = abstract(glm5.param_specs(config))
 
     def vocabulary_arrays(fn):
         text = jax.jit(fn).lower(params).compile().as_text()
@@ -215,9 +217,9 @@ def test_logits_nobody_reads_are_not_computed():
 
 @functools.cache
 def long_gradient(length: int) -> Any:
-    config = gathered(PAIR).replace(remat="full", query_chunk=64, num_nextn_predict_layers=0)
-    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), glm5.param_specs(config),
-                          is_leaf=lambda x: hasattr(x, "axes"))
+    config = gathered(MICRO).replace(num_hidden_layers=1, mlp_layer_types=("sparse",), indexer_types=("full",),
+                                     remat="full", query_chunk=64, num_nextn_predict_layers=0)
+    params = abstract(glm5.param_specs(config))
     loss = lambda params, tokens: (lambda out: out.hidden.sum() + sum(out.collected.values()))(
         glm5.forward(params, config, tokens, indexer_loss="sparse"))
     return jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((1, length), jnp.int32)).compile()
@@ -227,21 +229,20 @@ def test_memory_of_the_sparse_path_grows_with_the_length():
     """Forward and backward, indexer loss included, hold O(T k + chunk (S + k (heads + latent))), never T x S."""
     short, long = 2048, 4096
     temporary = [long_gradient(length).memory_analysis().temp_size_in_bytes for length in (short, long)]
-    assert temporary[1] < 2.2 * temporary[0]
-    assert temporary[1] < long * long  # a single [T, S] array takes four times that
+    assert temporary[1] < 2.5 * temporary[0]
+    assert temporary[1] < 4 * long * long / 2  # half of a single float32 [T, S] array
     largest = max(int(np.prod(shape)) for shape in shapes_in(long_gradient(long).as_text()))
     assert largest < long * long / 8
 
 
-def equations(jaxpr: Any) -> int:
+def equations(jaxpr: Any) -> Iterator[Any]:
     """The equations of a jaxpr and of all within."""
-    total = 0
     for equation in jaxpr.eqns:
-        total += 1
+        yield equation
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(inner, "jaxpr", inner)
-            total += equations(inner) if hasattr(inner, "eqns") else 0
-    return total
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 @pytest.mark.parametrize("released", [glm5.glm5, glm5.glm5_2])
@@ -255,26 +256,16 @@ def test_program_size_does_not_depend_on_the_depth(released, what):
     for depth in (8, 78):
         config = released(**narrow, num_hidden_layers=depth, mlp_layer_types=released().mlp_layer_types[:depth],
                           indexer_types=released().indexer_types[:depth])
-        params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), glm5.param_specs(config),
-                              is_leaf=lambda x: hasattr(x, "axes"))
+        params = abstract(glm5.param_specs(config))
         run = {
             "forward": lambda p: glm5.forward(p, config, DISTINCT, mtp_steps=3),
             "gradient": jax.grad(lambda p: glm5.forward(p, config, DISTINCT, mtp_steps=1).mtp_logits.sum()),
             "indexer loss": lambda p: glm5.forward(p, config, DISTINCT, indexer_loss="sparse"),
             "cache": lambda p: glm5.forward(p, config, DISTINCT, cache=glm5.init_cache(config, 1, 30))}[what]
         jaxpr = jax.make_jaxpr(run)(params)
-        sizes.append((len(str(jaxpr)), equations(jaxpr.jaxpr)))
+        sizes.append((len(str(jaxpr)), sum(1 for _ in equations(jaxpr.jaxpr))))
     assert sizes[0][1] > 300
     assert sizes[1][0] <= 1.5 * sizes[0][0] and sizes[1][1] <= 1.5 * sizes[0][1], sizes
-
-
-def walk(jaxpr: Any) -> Any:
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from walk(inner)
 
 
 @pytest.mark.parametrize("way", ["dense", "gathered"])
@@ -282,7 +273,7 @@ def test_bfloat16_model_keeps_norms_softmax_router_and_scores_in_float32(way):
     config = WAYS[way].replace(dtype="bfloat16")
     run = lambda params: glm5.forward(params, config, DISTINCT, mtp_steps=1, indexer_loss="sparse", collect=COLLECT)
     by_name: dict[str, set[str]] = {}
-    for equation in walk(jax.make_jaxpr(run)(pair_params()).jaxpr):
+    for equation in equations(jax.make_jaxpr(run)(pair_params()).jaxpr):
         by_name.setdefault(equation.primitive.name, set()).update(
             str(x.aval.dtype) for x in equation.invars if jnp.issubdtype(x.aval.dtype, jnp.floating))
     for name in ("exp", "log", "rsqrt", "top_k", "cos", "sin"):
@@ -320,26 +311,35 @@ def test_collected_keys_and_shapes():
     assert shapes(run(indexer_loss="dense", mtp_steps=2)) == {f"indexer_kl/{i}": () for i in range(3)}
 
 
-def test_interior_padding_hides_nothing_else():
-    """Holes in a row change neither who sees whom nor the logits: the rank within the segment is the position."""
-    segments = np.ones((1, LENGTH + 4), np.int32)
-    segments[0, [3, 11, 12, 20]] = 0
-    row = np.full((1, LENGTH + 4), 5, np.int32)
-    row[segments != 0] = DISTINCT[0]
-    expected = glm5.forward(pair_params(), PAIR, np.pad(DISTINCT, ((0, 0), (0, 4))),
-                            segment_ids=np.pad(np.ones_like(DISTINCT), ((0, 0), (0, 4))))
-    out = glm5.forward(pair_params(), PAIR, row, segment_ids=segments)
-    np.testing.assert_allclose(out.logits[0][segments[0] != 0], expected.logits[0, :LENGTH], rtol=1e-4, atol=5e-5)
+def test_holes_and_interleaved_documents_change_nothing():
+    """The rank within the segment is the position, wherever in the row the segment's tokens stand."""
+    segments = np.array([[int(i) for i in "1110111111100111111101111111"],
+                         [int(i) for i in "7737330337737733377707337337"]], np.int32)
+    row, straight, alone = np.full((2, 28), 5, np.int32), np.full((2, 28), 9, np.int32), np.zeros((2, 28), np.int32)
+    for b, ids in ((0, (1,)), (1, (3, 7))):
+        start = 0
+        for i in ids:
+            size = (segments[b] == i).sum()
+            row[b, segments[b] == i] = straight[b, start:start + size] = DISTINCT[0, :size] + i
+            alone[b, start:start + size] = i
+            start += size
+    row, straight = row % MICRO.vocab_size, straight % MICRO.vocab_size
+    mixed = glm5.forward(pair_params(), PAIR, row, segment_ids=segments).logits
+    apart = glm5.forward(pair_params(), PAIR, straight, segment_ids=alone).logits
+    for b, i in ((0, 1), (1, 3), (1, 7)):
+        np.testing.assert_allclose(mixed[b][segments[b] == i], apart[b][alone[b] == i], rtol=1e-4, atol=5e-5)
 
 
-def test_nan_scores_are_counted_and_never_selected():
+@pytest.mark.parametrize("indexer_loss", ["dense", "sparse"])
+def test_nan_scores_are_counted_and_not_visible(indexer_loss):
     params = jax.tree.map(lambda x: x, pair_params())
     planted = params["layers"]["0"]["indexer"]["weights"]
     params["layers"]["0"]["indexer"]["weights"] = planted.at[..., 0, 0].set(jnp.nan)
-    out = jax.jit(lambda p: glm5.forward(p, PAIR, DISTINCT, collect=("selected",)))(params)
+    out = glm5.forward(params, PAIR, DISTINCT, collect=("selected",), indexer_loss=indexer_loss)
     assert out.aux["index_nan"] == LENGTH * (LENGTH + 1) // 2  # every visible pair of the one indexer
     assert (out.collected["selected/0"] == -1).all() and (out.collected["selected/1"] == -1).all()
     assert jnp.isfinite(out.logits).all()
+    assert out.collected["indexer_kl/0"] == out.collected["indexer_kl/1"] == 0
 
 
 def test_unembed_gives_the_logits():
@@ -347,7 +347,8 @@ def test_unembed_gives_the_logits():
         params = random_params(config)
         hidden = np.random.default_rng(0).normal(size=(2, 3, config.hidden_size)).astype(np.float32)
         table = params["embedding"].T if config.tie_word_embeddings else params["head"]
-        np.testing.assert_allclose(glm5.unembed(params, config, hidden), hidden @ np.asarray(table), rtol=1e-4, atol=1e-5)
+        logits = glm5.unembed(params, config, hidden)
+        np.testing.assert_allclose(logits, hidden @ np.asarray(table), rtol=1e-4, atol=1e-5)
     out = glm5.forward(pair_params(), PAIR, DISTINCT)
     np.testing.assert_allclose(glm5.unembed(pair_params(), PAIR, out.hidden), out.logits, rtol=1e-5, atol=1e-5)
 
@@ -378,9 +379,9 @@ def test_init_follows_the_specs_and_the_key():
 
 @pytest.mark.parametrize("options, message", [
     (dict(tokens=np.zeros(3, np.int32)), "tokens"), (dict(tokens=np.zeros((1, 3))), "tokens"),
-    (dict(positions=np.zeros((1, 3), np.int32)), "positions"), (dict(segment_ids=np.zeros(24, np.int32)), "segment_ids"),
-    (dict(indexer_loss="both"), "indexer_loss"), (dict(collect=("logits",)), "collect"), (dict(collect="hidden"), "collect"),
-    (dict(mtp_steps=-1), "mtp_steps")])
+    (dict(positions=np.zeros((1, 3), np.int32)), "positions"),
+    (dict(segment_ids=np.zeros(24, np.int32)), "segment_ids"), (dict(indexer_loss="both"), "indexer_loss"), (dict(collect=("logits",)), "collect"),
+    (dict(collect="hidden"), "collect"), (dict(mtp_steps=-1), "mtp_steps")])
 def test_errors_name_the_argument(options, message):
     with pytest.raises(ValueError, match=f"^{message}:"):
         glm5.forward(pair_params(), PAIR, **{"tokens": DISTINCT, **options})

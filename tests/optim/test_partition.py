@@ -56,7 +56,8 @@ def test_adamw_decays_matrices_alone_and_leaves_the_router_bias():
 
 
 def test_a_number_is_a_constant_rate():
-    given, constant = (train(partition.build(SPECS, learning_rate=rate)) for rate in (0.02, lambda _: jnp.float32(0.02)))
+    given, constant = (train(partition.build(SPECS, learning_rate=rate))
+                       for rate in (0.02, lambda tokens: jnp.float32(0.02)))
     jax.tree.map(np.testing.assert_array_equal, given, constant)
 
 

@@ -1,0 +1,40 @@
+"""The same forward, sharded over eight fake devices, equals one device."""
+
+import jax
+import numpy as np
+import pytest
+
+import glm5_jax as glm5
+from glm5_jax.core import mesh as core_mesh
+
+CONFIG = glm5.tiny(vocab_size=64, hidden_size=32, num_hidden_layers=2, intermediate_size=32, moe_intermediate_size=16,
+                   n_routed_experts=4, index_topk=6)
+TOKENS = np.random.default_rng(0).integers(0, 64, (4, 16)).astype(np.int32)
+
+
+def loss_and_grads(params, tokens):
+    def loss(params):
+        out = glm5.forward(params, CONFIG, tokens, mtp_steps=1)
+        picked = jax.nn.log_softmax(out.logits[:, :-1])[..., 0] + jax.nn.log_softmax(out.mtp_logits[0, :, :-1])[..., 1]
+        return -picked.mean()
+    return jax.value_and_grad(loss)(params)
+
+
+@pytest.fixture(scope="module")
+def single():
+    params = glm5.init(CONFIG, jax.random.key(0))
+    return params, jax.jit(loss_and_grads)(params, TOKENS)
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, expert=2, tensor=2), dict(data=1, context=4, tensor=2)], ids=str)
+def test_sharded_equals_single_device(single, sizes):
+    params, (loss, grads) = single
+    mesh = core_mesh.make_mesh(**sizes)
+    shardings = core_mesh.param_shardings(glm5.param_specs(CONFIG), mesh, CONFIG.sharding)
+    with jax.set_mesh(mesh):
+        sharded_loss, sharded_grads = jax.jit(loss_and_grads, out_shardings=(None, shardings))(
+            jax.device_put(params, shardings), TOKENS)
+    np.testing.assert_allclose(sharded_loss, loss, rtol=1e-5)
+    split = [leaf for leaf in jax.tree.leaves(sharded_grads) if not leaf.is_fully_replicated]
+    assert len(split) > 12
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), sharded_grads, grads)
