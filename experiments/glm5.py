@@ -4,7 +4,7 @@
 
 tiny   1M parameters, 300 kB of Python documentation, 367k tokens. Two CPU cores, no accelerator: about two minutes of
        training beside half a minute of compilation (the first time). Expected: held-out bits per byte 2.71 before,
-       1.83 after (1.81 to 1.85); busiest expert 1.2 times the mean load.
+       1.83 after; busiest expert 1.2 times the mean load.
 small  100M parameters on the Python standard library, 65M tokens: one accelerator. Not measured yet.
 glm5   the released sizes, values only: 744B parameters do not fit a single machine.
 """
