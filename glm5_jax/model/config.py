@@ -203,4 +203,4 @@ def tiny(**changes: Any) -> ModelConfig:
         num_attention_heads=4, q_lora_rank=48, kv_lora_rank=32,
         qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=32,
         index_n_heads=4, index_head_dim=16, index_topk=32,
-        rope_theta=1e4, max_position_embeddings=4096, dtype="float32", remat="none", query_chunk=512), **changes})
+        rope_theta=1e4, max_position_embeddings=4096, dtype="float32", query_chunk=512), **changes})

@@ -380,8 +380,8 @@ def test_init_follows_the_specs_and_the_key():
 @pytest.mark.parametrize("options, message", [
     (dict(tokens=np.zeros(3, np.int32)), "tokens"), (dict(tokens=np.zeros((1, 3))), "tokens"),
     (dict(positions=np.zeros((1, 3), np.int32)), "positions"),
-    (dict(segment_ids=np.zeros(24, np.int32)), "segment_ids"), (dict(indexer_loss="both"), "indexer_loss"), (dict(collect=("logits",)), "collect"),
-    (dict(collect="hidden"), "collect"), (dict(mtp_steps=-1), "mtp_steps")])
+    (dict(segment_ids=np.zeros(24, np.int32)), "segment_ids"), (dict(indexer_loss="both"), "indexer_loss"),
+    (dict(collect=("logits",)), "collect"), (dict(collect="hidden"), "collect"), (dict(mtp_steps=-1), "mtp_steps")])
 def test_errors_name_the_argument(options, message):
     with pytest.raises(ValueError, match=f"^{message}:"):
         glm5.forward(pair_params(), PAIR, **{"tokens": DISTINCT, **options})
