@@ -61,7 +61,7 @@ endef
 # $(call install,folder,requirements): the stamp comes last, so a failed installation is tried again.
 define install
 	@echo "Installing glm5-jax into $(1) ($(3)) ..."
-	@$(1)/bin/python -m pip install --quiet --no-input --disable-pip-version-check -e $(2)
+	@$(1)/bin/python -m pip install -qq --no-input --disable-pip-version-check -e $(2)
 	@touch $(1)/.installed
 endef
 

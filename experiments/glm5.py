@@ -23,7 +23,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         data=dict(source="packaged", seq_len=512, batch_size=4, held_out_fraction=0.1),
         optimizer=dict(learning_rate=4e-3, final_learning_rate=4e-4, warmup_steps=10, weight_decay=0.1, b1=0.9,
                        b2=0.95),
-        train=dict(steps=180, dense_steps=60, log_every=10, mtp_steps=1, mtp_weight=0.3, balance_weight=1e-4,
+        train=dict(steps=150, dense_steps=50, log_every=10, mtp_steps=1, mtp_weight=0.3, balance_weight=1e-4,
                    indexer_weight=1.0, router_bias_rate=1e-2, max_grad_norm=1.0),
         checkpoint=dict(every=30, keep=2),
         sample=dict(prompt="The \"return\" statement", max_new_tokens=80, temperature=0.8),
