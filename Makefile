@@ -6,6 +6,8 @@ VENV ?= .venv
 PINS ?=
 PARITY_PYTHON ?= python3.11
 PARITY_VENV ?= .venv-parity
+# What run runs: an experiment file, a name in it, options. make run CONFIG=experiments/glm5.py:tiny,data=stdlib
+CONFIG ?= experiments/glm5.py:tiny
 # Added to the command of run, test, test-slow and parity.
 ARGS ?=
 GET_PIP ?= https://bootstrap.pypa.io/get-pip.py
@@ -21,7 +23,7 @@ help:  ## List the targets
 setup: $(VENV)/.installed  ## Make the virtual environment and install the library into it
 
 run: setup  ## Pre-train, save, reload and sample the tiny model on real text
-	@$(VENV)/bin/python -m glm5_jax --config experiments/glm5.py:tiny $(ARGS)
+	@$(VENV)/bin/python -m glm5_jax --config $(CONFIG) $(ARGS)
 
 test: setup  ## Run the fast tests
 	@$(VENV)/bin/python -m pytest -n 2 -m "not slow" $(ARGS)

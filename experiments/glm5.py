@@ -7,19 +7,27 @@ tiny   1M parameters, 300 kB of Python documentation, 367k tokens. Two CPU cores
        1.83 after; busiest expert 1.2 times the mean load.
 small  100M parameters on the Python standard library, 65M tokens: one accelerator. Not measured yet.
 glm5   the released sizes, values only: 744B parameters do not fit a single machine.
+
+Options follow the name after a comma: tiny,data=stdlib trains on the Python standard library, data=packaged on the text
+that comes with the package.
 """
 
 from ml_collections import ConfigDict
 
 ARGUMENTS = ("tiny", "small", "glm5")
+OPTIONS = ("data=packaged", "data=stdlib")
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:
-    """The values of `arg`, one of ARGUMENTS."""
-    if arg not in ARGUMENTS:
-        raise ValueError(f"experiments/glm5.py: expected one of {', '.join(ARGUMENTS)}, found {arg!r}")
+    """The values of `arg`, one of ARGUMENTS; any of OPTIONS may follow, each after a comma."""
+    name, *options = arg.split(",")
+    if name not in ARGUMENTS:
+        raise ValueError(f"experiments/glm5.py: expected one of {', '.join(ARGUMENTS)}, found {name!r}")
+    for option in options:
+        if option not in OPTIONS:
+            raise ValueError(f"experiments/glm5.py: expected an option of {', '.join(OPTIONS)}, found {option!r}")
     config = ConfigDict(dict(
-        model=dict(preset=arg, overrides={}),
+        model=dict(preset=name, overrides={}),
         data=dict(source="packaged", seq_len=512, batch_size=4, held_out_fraction=0.1),
         optimizer=dict(learning_rate=4e-3, final_learning_rate=4e-4, warmup_steps=10, weight_decay=0.1, b1=0.9,
                        b2=0.95),
@@ -30,14 +38,18 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         seed=0,
         compilation_cache="auto",
     ))
-    if arg == "small":
-        config.data.update(source="stdlib", seq_len=2048, batch_size=16, held_out_fraction=0.02)
+    if name == "small":
+        config.data.update(source="stdlib", seq_len=2048, batch_size=16)
         config.optimizer.update(learning_rate=6e-4, final_learning_rate=6e-5, warmup_steps=100)
         config.train.update(steps=2000, dense_steps=500, mtp_steps=3, router_bias_rate=1e-3)
         config.checkpoint.update(every=250)
-    if arg == "glm5":
-        config.data.update(source="stdlib", seq_len=4096, batch_size=1024, held_out_fraction=0.01)
+    if name == "glm5":
+        config.data.update(source="stdlib", seq_len=4096, batch_size=1024)
         config.optimizer.update(learning_rate=2e-4, final_learning_rate=2e-5, warmup_steps=2000)
         config.train.update(steps=100_000, dense_steps=0, mtp_steps=3, router_bias_rate=1e-3)
         config.checkpoint.update(every=1000)
+    for option in options:
+        config.data.source = option.removeprefix("data=")
+    if config.data.source == "stdlib":
+        config.data.held_out_fraction = 0.02
     return config

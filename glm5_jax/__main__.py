@@ -32,11 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = pipeline.resolve(config)
         rundir = RunDir.create(workdir, config=config.to_dict(), overrides=overrides)
         print(f"Run directory: {rundir.path}", flush=True)
+        pipeline.run(job, rundir)
     except (flags.Error, OSError, RuntimeError, ValueError) as error:
         print(f"error: {_message(error)}", file=sys.stderr)
         return 2
-    try:
-        pipeline.run(job, rundir)
     except Interrupted as stop:
         print(f"\nStopped after step {stop.step}, which is saved. The same command resumes from there:\n"
               f"  {_command(argv)}", file=sys.stderr)
@@ -63,7 +62,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, dict[str, Any], str]:
     overrides = {name: value.to_dict() if isinstance(value, ConfigDict) else value
                  for name, value in config_flags.get_override_values(flag_values["config"]).items()}
     file, _, argument = config_flags.get_config_filename(flag_values["config"]).partition(":")
-    experiment = "-".join(filter(None, [pathlib.Path(file).stem, argument]))
+    experiment = re.sub(r"[^A-Za-z0-9._-]", "-", "-".join(filter(None, [pathlib.Path(file).stem, argument])))
     return config, overrides, flag_values.workdir or f"runs/{experiment}"
 
 
@@ -106,7 +105,7 @@ def _message(error: BaseException) -> str:
     """What went wrong, without the tracebacks in which absl and ml_collections wrap an error of the experiment file."""
     while "Traceback" in str(error) and error.__context__ is not None:
         error = error.__context__
-    return str(error)
+    return str(error) or type(error).__name__
 
 
 def _command(argv: Sequence[str]) -> str:

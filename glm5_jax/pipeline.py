@@ -30,6 +30,8 @@ from glm5_jax.train import loop, report, state as train_state, step as train_ste
 
 PRESETS = {"tiny": model_config.tiny, "small": model_config.small, "glm5": model_config.glm5,
            "glm5_2": model_config.glm5_2}
+# How a model is computed, not what: a checkpoint does not hold these.
+RUNTIME_FIELDS = ("dtype", "param_dtype", "remat", "query_chunk", "dense_attention_max_len", "mtp_unroll", "sharding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Data:
     def __post_init__(self) -> None:
         if self.source not in sources.SOURCES:
             raise ValueError(f"config.data.source: expected one of {sorted(sources.SOURCES)}, found {self.source!r}")
+        for field in ("seq_len", "batch_size"):
+            _expect(getattr(self, field) >= 1, f"data.{field}", "at least 1", getattr(self, field))
+        _expect(0 < self.held_out_fraction < 1, "data.held_out_fraction", "a number between 0 and 1, neither of them",
+                self.held_out_fraction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,15 @@ class Optimizer:
     weight_decay: float
     b1: float
     b2: float
+
+    def __post_init__(self) -> None:
+        for field in ("learning_rate", "final_learning_rate"):
+            _expect(0 < getattr(self, field) < math.inf, f"optimizer.{field}", "a number above 0", getattr(self, field))
+        for field in ("warmup_steps", "weight_decay"):
+            _expect(0 <= getattr(self, field) < math.inf, f"optimizer.{field}", "0 or more", getattr(self, field))
+        for field in ("b1", "b2"):
+            _expect(0 <= getattr(self, field) < 1, f"optimizer.{field}", "0 or more and less than 1",
+                    getattr(self, field))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +91,44 @@ class Train:
         if not 0 <= self.dense_steps <= self.steps or self.steps < 1:
             raise ValueError(f"config.train: expected 0 <= dense_steps <= steps and steps >= 1, "
                              f"found {self.dense_steps} and {self.steps}")
+        _expect(self.log_every >= 1, "train.log_every", "at least 1", self.log_every)
+        try:
+            self.stages()
+        except ValueError as error:
+            raise ValueError(f"config.train.{str(error).removeprefix('Options.')}") from error
+
+    def stages(self) -> dict[str, tuple[int, train_step.Options]]:
+        """The stages by name, in order: the step each ends at, and what it optimises."""
+        common = {name: getattr(self, name) for name in (
+            "mtp_steps", "mtp_weight", "balance_weight", "indexer_weight", "router_bias_rate", "max_grad_norm")}
+        return {"dense": (self.dense_steps, train_step.Options(indexer_loss="dense", **common)),
+                "sparse": (self.steps, train_step.Options(indexer_loss="sparse", **common))}
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
+    """A checkpoint `every` so many steps; the newest `keep` of them stay."""
+
     every: int
     keep: int
+
+    def __post_init__(self) -> None:
+        for field in ("every", "keep"):
+            _expect(getattr(self, field) >= 1, f"checkpoint.{field}", "at least 1", getattr(self, field))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
+    """The prompt to complete; temperature 0 is greedy."""
+
     prompt: str
     max_new_tokens: int
     temperature: float
+
+    def __post_init__(self) -> None:
+        _expect(self.prompt != "", "sample.prompt", "some text", self.prompt)
+        _expect(self.max_new_tokens >= 1, "sample.max_new_tokens", "at least 1", self.max_new_tokens)
+        _expect(0 <= self.temperature < math.inf, "sample.temperature", "0 or more", self.temperature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,23 +148,47 @@ class Job:
         if self.train.mtp_steps and not self.model.num_nextn_predict_layers:
             raise ValueError(f"config.train.mtp_steps: expected 0 for a model without MTP layer, "
                              f"found {self.train.mtp_steps}")
+        _expect(self.data.seq_len <= self.model.max_position_embeddings, "data.seq_len",
+                f"at most max_position_embeddings = {self.model.max_position_embeddings} of the model",
+                self.data.seq_len)
+        _expect(self.optimizer.warmup_steps < self.train.steps, "optimizer.warmup_steps",
+                f"less than train.steps = {self.train.steps}", self.optimizer.warmup_steps)
+        entries = Tokenizer.packaged().vocab_size
+        _expect(self.model.vocab_size >= entries, "model.overrides.vocab_size",
+                f"at least the {entries} entries of the packaged tokenizer", self.model.vocab_size)
+        _expect(0 <= self.seed < 2**32, "seed", "0 or more and less than 2**32", self.seed)
+
+    @property
+    def cadence(self) -> loop.Cadence:
+        return loop.Cadence(self.train.log_every, self.checkpoint.every)
+
+
+def _expect(ok: bool, field: str, expected: str, found: Any) -> None:
+    if not ok:
+        raise ValueError(f"config.{field}: expected {expected}, found {found!r}")
 
 
 def resolve(config: ConfigDict) -> Job:
     """The job that an experiment's values describe.
 
-    Raises ValueError naming the field where one is missing, unknown (with the nearest known) or of another type.
+    Raises ValueError naming the field where one is missing, unknown (with the nearest known), of another type or out of
+    range; nothing is computed or written.
     """
     values = config.to_dict()
     model = values.pop("model", None)
-    _check_keys("model", model, ("preset", "overrides"))
+    _check_keys("config.model", model, ("preset", "overrides"))
     if model["preset"] not in PRESETS:
         raise ValueError(f"config.model.preset: expected one of {sorted(PRESETS)}, found {model['preset']!r}")
     known = [field.name for field in dataclasses.fields(ModelConfig)]
+    _expect(isinstance(model["overrides"], Mapping), "model.overrides", "a section", model["overrides"])
     for name in model["overrides"]:
         if name not in known:
             raise ValueError(f"config.model.overrides: unknown field {name!r}{nearest(name, known)}")
-    return _build(Job, values, "config", {"model": PRESETS[model["preset"]](**model["overrides"])})
+    try:
+        built = PRESETS[model["preset"]](**model["overrides"])
+    except ValueError as error:
+        raise ValueError(f"config.model.overrides: {error}") from error
+    return _build(Job, values, "config", {"model": built})
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -198,14 +262,6 @@ def run(job: Job, rundir: RunDir) -> dict[str, Any]:
     return result
 
 
-def stages(job: Job) -> dict[str, tuple[int, train_step.Options]]:
-    """The stages by name, in order: the step each ends at, and what it optimises."""
-    common = {name: getattr(job.train, name) for name in (
-        "mtp_steps", "mtp_weight", "balance_weight", "indexer_weight", "router_bias_rate", "max_grad_norm")}
-    return {"dense": (job.train.dense_steps, train_step.Options(indexer_loss="dense", **common)),
-            "sparse": (job.train.steps, train_step.Options(indexer_loss="sparse", **common))}
-
-
 def pretrain(job: Job, rundir: RunDir, train_rows: Batch, held_out_rows: Batch, held_out_bytes: int
              ) -> train_state.TrainState:
     """Trains through all stages, from the newest checkpoint where there is one."""
@@ -216,7 +272,6 @@ def pretrain(job: Job, rundir: RunDir, train_rows: Batch, held_out_rows: Batch, 
             job.optimizer.learning_rate, final=job.optimizer.final_learning_rate,
             warmup=job.optimizer.warmup_steps * tokens, total=job.train.steps * tokens))
     batches = iter(packing.batches(train_rows, batch_size=job.data.batch_size, seed=job.seed))
-    cadence = loop.Cadence(job.train.log_every, job.checkpoint.every)
     lines = core_metrics.JsonlWriter(rundir.metrics)
     with Store(rundir.checkpoints, keep=job.checkpoint.keep) as store, contextlib.closing(lines):
         state = loop.resume(store, train_state.abstract(job.model, optimizer), batches)
@@ -228,14 +283,18 @@ def pretrain(job: Job, rundir: RunDir, train_rows: Batch, held_out_rows: Batch, 
         else:
             lines.truncate_after(int(state.step))
             _say(f"Resumed from step {int(state.step)} of {job.train.steps}.")
-        for name, (until, options) in stages(job).items():
+        for name, (until, options) in job.train.stages().items():
             step = train_step.make_train_step(job.model, optimizer, options)
-            state = loop.run(state, step, batches, until=until, cadence=cadence, store=store, writer=lines, name=name)
+            state = loop.run(state, step, batches, until=until, cadence=job.cadence, store=store, writer=lines,
+                             name=name)
     return state
 
 
 def bits_per_byte(job: Job, params: Any, rows: Batch, text_bytes: int) -> float:
-    """Nats of all rows / ln 2 / bytes of their text in UTF-8."""
+    """Nats of all rows / ln 2 / `text_bytes`, those of their text in UTF-8.
+
+    The first token of each document is not predicted: its nats are not counted, its bytes are.
+    """
     start = time.perf_counter()
     evaluate = train_step.make_eval_step(job.model)
     nats = sum(float(evaluate(params, batch).total) for batch in packing.held_out_batches(rows, job.data.batch_size))
@@ -245,10 +304,18 @@ def bits_per_byte(job: Job, params: Any, rows: Batch, text_bytes: int) -> float:
 
 
 def export_and_reload(directory: pathlib.Path, config: ModelConfig, params: Any) -> Any:
-    """Writes the released layout and returns what reading it back gives. Raises RuntimeError unless that is equal."""
+    """Writes the released layout and returns the parameters that reading it back gives.
+
+    Raises RuntimeError naming the parameter or the field of the config that came back different.
+    """
     shutil.rmtree(directory, ignore_errors=True)
     convert.save_hf(directory, config, params)
-    _, reloaded = convert.load_hf(directory)
+    reloaded_config, reloaded = convert.load_hf(directory)
+    for field in dataclasses.fields(ModelConfig):
+        ours, theirs = getattr(config, field.name), getattr(reloaded_config, field.name)
+        if field.name not in RUNTIME_FIELDS and ours != theirs:
+            raise RuntimeError(f"{directory}: ModelConfig.{field.name} came back different: expected {ours!r}, "
+                               f"found {theirs!r}")
 
     def check(path: Any, ours: jax.Array, theirs: jax.Array) -> None:
         if ours.dtype != theirs.dtype or not np.array_equal(ours, theirs, equal_nan=True):
@@ -295,7 +362,7 @@ def _use_compilation_cache(job: Job, rundir: RunDir) -> None:
 def _draw(job: Job, rundir: RunDir, rows: report.Rows, title: str) -> str | None:
     path = rundir.path / "report.png"
     try:
-        report.draw(rows, path, title=title, stages={name: until for name, (until, _) in stages(job).items()})
+        report.draw(rows, path, title=title, stages={name: until for name, (until, _) in job.train.stages().items()})
     except ImportError as error:
         _say(f"No picture: {error}")
         return None

@@ -48,3 +48,18 @@ def test_explains_itself_and_lists_its_arguments(path):
     assert all(f"\n{argument} " in module.__doc__ for argument in module.ARGUMENTS)
     with pytest.raises(ValueError, match=f"expected one of {', '.join(module.ARGUMENTS)}, found 'huge'"):
         module.get_config("huge")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=named)
+def test_options_choose_the_text(path):
+    module = load(path)
+    for argument in module.ARGUMENTS:
+        plain = module.get_config(argument).to_dict()
+        for option in module.OPTIONS:
+            chosen = module.get_config(f"{argument},{option}").to_dict()
+            assert chosen["data"].pop("source") == option.removeprefix("data=")
+            assert {**chosen, "data": None} == {**plain, "data": None}
+            assert chosen["data"].keys() == plain["data"].keys() - {"source"}
+    for option in ("data=wiki", "steps=3", "stdlib", ""):
+        with pytest.raises(ValueError, match=f"expected an option of {', '.join(module.OPTIONS)}, found '{option}'"):
+            module.get_config(f"{module.ARGUMENTS[0]},{option}")

@@ -13,6 +13,8 @@ import pytest
 from glm5_jax import __main__ as command
 from glm5_jax import pipeline
 from glm5_jax.checkpoint import convert
+from glm5_jax.core.rundir import RunDir
+from glm5_jax.model import transformer
 from glm5_jax.train import loop, report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -46,6 +48,7 @@ def finished(tmp_path_factory):
     return directory, "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_the_main_job_leaves_what_it_promises(finished):
     directory, printed = finished
     result = json.loads((directory / "result.json").read_text())
@@ -66,20 +69,41 @@ def test_the_main_job_leaves_what_it_promises(finished):
         assert expected in printed
 
 
+@pytest.mark.slow
 def test_the_export_is_the_trained_model(finished):
     config, params = convert.load_hf(finished[0] / "hf")
     assert (config.num_hidden_layers, config.vocab_size) == (2, 4096)
     pipeline.export_and_reload(finished[0].parent / "again", config, params)
 
 
-def test_an_export_that_changes_a_parameter_is_an_error(finished, monkeypatch, tmp_path):
-    config, params = convert.load_hf(finished[0] / "hf")
-    changed = {**params, "norm": params["norm"].at[3].add(1e-7)}
-    monkeypatch.setattr(pipeline.convert, "load_hf", lambda _: (config, changed))
+@pytest.fixture
+def reread(monkeypatch, tmp_path):
+    """The export's check of a model against what reading it back is made to give."""
+    def check(config, params, read_config, read_params):
+        monkeypatch.setattr(pipeline.convert, "save_hf", lambda *_: None)
+        monkeypatch.setattr(pipeline.convert, "load_hf", lambda _: (read_config, read_params))
+        return pipeline.export_and_reload(tmp_path / "hf", config, params)
+
+    return check
+
+
+def test_an_export_that_changes_a_parameter_is_an_error(reread):
+    config, params = pipeline.PRESETS["tiny"](), {"norm": np.ones(4, np.float32)}
+    assert reread(config, params, config, params) is params
+    changed = {"norm": params["norm"] + np.float32([0, 0, 0, 1e-6])}
     with pytest.raises(RuntimeError, match="parameter norm came back different"):
-        pipeline.export_and_reload(tmp_path, config, params)
+        reread(config, params, config, changed)
 
 
+def test_an_export_that_changes_the_architecture_is_an_error(reread):
+    config = pipeline.PRESETS["tiny"]()
+    reread(config, {}, config.replace(dtype="bfloat16", remat="none", query_chunk=8, mtp_unroll=1), {})
+    for changes in ({"latent_norm_eps": 1e-6}, {"rope_theta": 1e6}, {"indexer_types": ("full",) * 3 + ("shared",)}):
+        with pytest.raises(RuntimeError, match=f"ModelConfig.{next(iter(changes))} came back different: expected"):
+            reread(config, {}, config.replace(**changes), {})
+
+
+@pytest.mark.slow
 def test_a_finished_run_reports_its_stored_result(finished, capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "pretrain", None)  # nothing is trained again
     assert command.main(arguments(finished[0])) == 0
@@ -87,11 +111,30 @@ def test_a_finished_run_reports_its_stored_result(finished, capsys, monkeypatch)
     assert "finished; this is its result" in printed and "held-out bits per byte" in printed
 
 
-def test_a_finished_run_is_not_taken_over_by_another_config(finished, capsys):
-    assert command.main(arguments(finished[0], "--config.train.steps=5")) == 2
+def test_a_run_is_not_taken_over_by_another_config(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "run", lambda job, rundir: {})
+    assert command.main(arguments(tmp_path / "run")) == 0
+    assert command.main(arguments(tmp_path / "run", "--config.train.steps=5")) == 2
     assert "train.steps: 3 -> 5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError])
+def test_an_error_of_the_run_is_told_without_a_traceback(error, tmp_path, capsys, monkeypatch):
+    def fail(job, rundir):
+        raise error("no room left")
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    assert command.main(arguments(tmp_path / "run")) == 2
+    assert capsys.readouterr().err == "error: no room left\n"
+
+
+def test_a_programming_error_is_not_hidden(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "run", None)
+    with pytest.raises(TypeError):
+        command.main(arguments(tmp_path / "run"))
+
+
+@pytest.mark.slow
 def test_stopped_by_a_signal_the_same_command_resumes_exactly(finished, tmp_path, capsys, monkeypatch):
     run_loop = loop.run
 
@@ -115,12 +158,10 @@ def test_stopped_by_a_signal_the_same_command_resumes_exactly(finished, tmp_path
     assert parts["completion"] == whole["completion"]
 
 
-def test_without_matplotlib_the_run_goes_on(finished, monkeypatch, capsys):
+def test_without_matplotlib_the_run_goes_on(monkeypatch, capsys, tmp_path):
     job = pipeline.resolve(command.parse(arguments("unused"))[0])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    rows = report.read_rows(finished[0] / "metrics.jsonl")
-    rundir = type("RunDir", (), {"path": finished[0]})
-    assert pipeline._draw(job, rundir, rows, "title") is None
+    assert pipeline._draw(job, RunDir(tmp_path), [{"step": 1, "lm_loss": 2.0}], "title") is None
     assert "pip install 'glm5-jax[viz]'" in capsys.readouterr().out
 
 
@@ -129,6 +170,8 @@ def test_without_matplotlib_the_run_goes_on(finished, monkeypatch, capsys):
     (["--config"], "Missing value for flag --config"),
     (["--config", "experiments/none.py"], "found experiments/none.py"),
     (["--config", f"{FILE}:tinny"], "expected one of tiny, small, glm5, found 'tinny'"),
+    (["--config", f"{FILE}:tiny,data=wiki"], "expected an option of data=packaged, data=stdlib, found 'data=wiki'"),
+    (["--config", f"{FILE}:tiny", "--config.checkpoint.every=0"], "config.checkpoint.every: expected at least 1"),
     (["--config", f"{FILE}:tiny", "--config.train.stepz=3"], "no such value; did you mean 'train.steps'?"),
     (["--config", f"{FILE}:tiny", "--config.train.stepz", "3"], "no such value; did you mean 'train.steps'?"),
     (["--config", f"{FILE}:tiny", "--config.train.steps=many"], "--config.train.steps=many: invalid literal"),
@@ -149,6 +192,11 @@ def test_a_mistyped_command_is_told_in_one_line(argv, message, capsys, monkeypat
 def test_the_run_directory_is_named_after_the_experiment():
     assert command.parse(["x", "--config", f"{FILE}:small"])[2] == "runs/glm5-small"
     assert command.parse(["x", f"--config={FILE}"])[2] == "runs/glm5"
+    config, _, workdir = command.parse(["x", "--config", f"{FILE}:tiny,data=stdlib"])
+    assert (config.data.source, workdir) == ("stdlib", "runs/glm5-tiny-data-stdlib")
+
+
+NAN = float("nan")
 
 
 def values(**changes):
@@ -171,6 +219,34 @@ def values(**changes):
     ({"checkpoint__every": 1.5}, "config.checkpoint.every: expected int, found float 1.5"),
     ({"model__preset": "tinny"}, "config.model.preset: expected one of"),
     ({"model__overrides": {"num_nextn_predict_layers": 0}}, "config.train.mtp_steps: expected 0"),
+    ({"model__overrides": 3}, "config.model.overrides: expected a section, found 3"),
+    ({"model__overrides": {"n_group": 3}}, "config.model.overrides: ModelConfig.n_group: expected a divisor"),
+    ({"model__overrides": {"vocab_size": 4095}},
+     "config.model.overrides.vocab_size: expected at least the 4096 entries of the packaged tokenizer, found 4095"),
+    ({"data__batch_size": 0}, "config.data.batch_size: expected at least 1, found 0"),
+    ({"data__seq_len": 0}, "config.data.seq_len: expected at least 1, found 0"),
+    ({"data__seq_len": 4097}, "config.data.seq_len: expected at most max_position_embeddings = 4096 of the model, "
+                              "found 4097"),
+    ({"data__held_out_fraction": 0.0}, "config.data.held_out_fraction: expected a number between 0 and 1"),
+    ({"data__held_out_fraction": 1}, "config.data.held_out_fraction: expected a number between 0 and 1"),
+    ({"data__held_out_fraction": NAN}, "config.data.held_out_fraction: expected a number between 0 and 1"),
+    ({"optimizer__learning_rate": 0.0}, "config.optimizer.learning_rate: expected a number above 0, found 0.0"),
+    ({"optimizer__final_learning_rate": NAN}, "config.optimizer.final_learning_rate: expected a number above 0"),
+    ({"optimizer__warmup_steps": -1}, "config.optimizer.warmup_steps: expected 0 or more, found -1"),
+    ({"optimizer__warmup_steps": 3}, "config.optimizer.warmup_steps: expected less than train.steps = 3, found 3"),
+    ({"optimizer__weight_decay": -0.1}, "config.optimizer.weight_decay: expected 0 or more, found -0.1"),
+    ({"optimizer__b2": 1.0}, "config.optimizer.b2: expected 0 or more and less than 1, found 1.0"),
+    ({"train__log_every": 0}, "config.train.log_every: expected at least 1, found 0"),
+    *(({f"train__{field}": -1}, f"config.train.{field}: expected 0 or more, found -1") for field in (
+        "mtp_steps", "mtp_weight", "balance_weight", "indexer_weight", "router_bias_rate")),
+    ({"train__max_grad_norm": NAN}, "config.train.max_grad_norm: expected more than 0, found nan"),
+    ({"checkpoint__every": 0}, "config.checkpoint.every: expected at least 1, found 0"),
+    ({"checkpoint__keep": 0}, "config.checkpoint.keep: expected at least 1, found 0"),
+    ({"sample__prompt": ""}, "config.sample.prompt: expected some text, found ''"),
+    ({"sample__max_new_tokens": 0}, "config.sample.max_new_tokens: expected at least 1, found 0"),
+    ({"sample__temperature": -0.1}, "config.sample.temperature: expected 0 or more, found -0.1"),
+    ({"sample__temperature": NAN}, "config.sample.temperature: expected 0 or more, found nan"),
+    ({"seed": -1}, "config.seed: expected 0 or more and less than 2**32, found -1"),
 ])
 def test_values_that_make_no_job(changes, message):
     with pytest.raises(ValueError) as error:
@@ -184,10 +260,10 @@ def test_whole_numbers_stand_for_floats_and_sections_must_be_sections():
         pipeline.resolve(values(train=3))
 
 
-def test_bits_per_byte_is_nats_over_ln_2_over_bytes(finished):
+def test_bits_per_byte_is_nats_over_ln_2_over_bytes():
     job = pipeline.resolve(command.parse(arguments("unused"))[0])
-    _, params = convert.load_hf(finished[0] / "hf")
-    uniform = jax.tree.map(np.zeros_like, params)
+    shapes = jax.eval_shape(lambda: transformer.init(job.model, jax.random.key(0)))
+    uniform = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     rows, _, _ = pipeline._load(job, pipeline.Tokenizer.packaged())
     first = jax.tree.map(lambda x: x[:3], rows)
     assert pipeline.bits_per_byte(job, uniform, first, 100) == pytest.approx(first.weights.sum() * 12 / 100)

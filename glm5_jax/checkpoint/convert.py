@@ -11,6 +11,7 @@ import numpy as np
 
 from glm5_jax.checkpoint import hf_config, hf_names, safetensors_io
 from glm5_jax.checkpoint.safetensors_io import CheckpointError
+from glm5_jax.core.rundir import write_json
 from glm5_jax.model.config import ModelConfig
 
 ROUTER_BIAS = "e_score_correction_bias"  # stays float32 in every checkpoint
@@ -21,8 +22,9 @@ def load_hf(directory: str | os.PathLike[str], *, dtype: str | None = None, late
     """Reads a `glm_moe_dsa` directory: (config, params).
 
     `dtype` converts every parameter but the router's correction bias, and is the compute dtype of the config; by
-    default each tensor keeps its own. `latent_norm_eps` defaults to the checkpoint's rms_norm_eps, the choice of the
-    training code; transformers computes with 1e-6. Raises CheckpointError naming the file, tensor or field at fault.
+    default each tensor keeps its own. `latent_norm_eps` defaults to what `save_hf` noted, and in checkpoints from
+    elsewhere to rms_norm_eps, the choice of the training code; transformers computes with 1e-6. Raises
+    CheckpointError naming the file, tensor or field at fault.
     """
     directory = pathlib.Path(directory)
     if not (directory / "config.json").is_file():
@@ -71,4 +73,4 @@ def save_hf(directory: str | os.PathLike[str], config: ModelConfig, params: Any,
         tensors[name] = value.astype(target, copy=False)
     safetensors_io.write(directory, tensors)
     main = str(tensors["model.embed_tokens.weight"].dtype)
-    safetensors_io.write_json(directory / "config.json", hf_config.to_json(config, main))
+    write_json(directory / "config.json", hf_config.to_json(config, main))

@@ -3,7 +3,7 @@
 from typing import Any, Mapping
 
 from glm5_jax.checkpoint.safetensors_io import CheckpointError
-from glm5_jax.model.config import ModelConfig, glm5
+from glm5_jax.model.config import ModelConfig, glm5, shared_indexers
 
 # Fields that both sides spell and mean alike.
 SHARED = (
@@ -38,6 +38,7 @@ def from_json(fields: Mapping[str, Any], *, dtype: str | None = None, latent_nor
     dtype = dtype or fields.get("dtype") or fields.get("torch_dtype") or "float32"
     try:
         values["indexer_types"] = _indexer_types(fields, values.get("num_hidden_layers", glm5().num_hidden_layers))
+        latent_norm_eps = fields.get("latent_norm_eps") if latent_norm_eps is None else latent_norm_eps
         return glm5(**values, latent_norm_eps=latent_norm_eps, dtype=dtype, param_dtype=dtype)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"config.json: {error}") from error
@@ -62,7 +63,7 @@ def _indexer_types(fields: Mapping[str, Any], layers: Any) -> tuple[str, ...] | 
         return tuple({"F": "full", "S": "shared"}.get(kind, kind) for kind in pattern)[:layers]
     freq, offset = max(fields.get("index_topk_freq") or 1, 1), fields.get("index_skip_topk_offset")
     offset = 2 if offset is None else offset
-    return tuple("full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(layers))
+    return shared_indexers(layers, freq=freq, offset=offset)
 
 
 def to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -71,6 +72,7 @@ def to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "architectures": ["GlmMoeDsaForCausalLM"],
         "model_type": "glm_moe_dsa",
         **{field: getattr(config, field) for field in SHARED},
+        "latent_norm_eps": config.latent_norm_eps,  # ours: released configs leave the choice open
         "num_key_value_heads": config.num_attention_heads,
         "mlp_layer_types": list(config.mlp_layer_types),
         "indexer_types": list(config.indexer_types),

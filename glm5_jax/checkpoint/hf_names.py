@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 import jax
 import numpy as np
 
-from glm5_jax.core.params import ParamSpec
+from glm5_jax.core.params import ParamSpec, is_spec, path_name
 from glm5_jax.model import mtp, stacks
 from glm5_jax.model.config import LayerKind, ModelConfig
 from glm5_jax.model.transformer import param_specs
@@ -147,10 +147,24 @@ def leaf_at(tree: Any, path: Path) -> Any:
 
 
 def to_hf(config: ModelConfig, tree: Any) -> dict[str, np.ndarray]:
-    """The released names and layouts of a parameter tree, or of any tree of its form, such as gradients."""
+    """The released names and layouts of a parameter tree, or of any tree of its form, such as gradients.
+
+    Raises ValueError naming the parameters that are missing, unknown or of another shape than `config` says.
+    """
+    _check_tree(config, tree)
     host = jax.tree.map(np.asarray, tree)
     parts = lambda entry: (leaf_at(host, path)[index] for path, index in entry.slices)
     return {entry.name: np.ascontiguousarray(entry.op.to_hf(*parts(entry))) for entry in entries(config)}
+
+
+def _check_tree(config: ModelConfig, tree: Any) -> None:
+    expected = {path_name(path): spec.shape for path, spec in
+                jax.tree_util.tree_flatten_with_path(param_specs(config), is_leaf=is_spec)[0]}
+    found = {path_name(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    faults = [f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
+              for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    if faults:
+        raise ValueError(f"the tree is not of this config: {'; '.join(faults[:4])}{'; ...' if len(faults) > 4 else ''}")
 
 
 def from_hf(config: ModelConfig, read: Callable[[Entry], np.ndarray]) -> Any:

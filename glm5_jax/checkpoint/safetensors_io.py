@@ -9,6 +9,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from glm5_jax.core.rundir import write_json
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -85,9 +87,3 @@ def write(directory: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], 
     for stale in ({*directory.glob("model*.safetensors"), directory / INDEX}
                   - {directory / name for name in names} - ({directory / INDEX} if len(shards) > 1 else set())):
         stale.unlink(missing_ok=True)
-
-
-def write_json(path: pathlib.Path, value: object) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)

@@ -32,12 +32,16 @@ def log_distribution(logits_BV: jax.Array, temperature: float | jax.Array, top_p
     Of equal logits the lowest token id enters the nucleus first; the most likely token is always in it.
     """
     log_p = jax.nn.log_softmax(logits_BV.astype(jnp.float32) / temperature)
+    return lax.cond(top_p < 1, lambda: _nucleus(log_p, top_p), lambda: log_p)
+
+
+def _nucleus(log_p: jax.Array, top_p: float | jax.Array) -> jax.Array:
     ranked = jnp.argsort(-log_p, axis=-1, stable=True)
     mass_before = jnp.cumsum(jnp.take_along_axis(jnp.exp(log_p), ranked, -1), -1)
     mass_before = jnp.pad(mass_before, ((0, 0), (1, 0)))[:, :-1]
     kept_ranked = (mass_before < top_p).at[:, 0].set(True)
     kept = jnp.take_along_axis(kept_ranked, jnp.argsort(ranked, axis=-1), -1)
-    return jnp.where(top_p >= 1, log_p, jax.nn.log_softmax(jnp.where(kept, log_p, -jnp.inf)))
+    return jax.nn.log_softmax(jnp.where(kept, log_p, -jnp.inf))
 
 
 def generate(params: Any, config: ModelConfig, prompts_BT: jax.Array | np.ndarray, *,
@@ -60,7 +64,7 @@ def generate(params: Any, config: ModelConfig, prompts_BT: jax.Array | np.ndarra
         prompt_lengths = jnp.asarray(found)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not temperature >= 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature and top_p: expected >= 0 and in (0, 1], found {temperature} and {top_p}")
     if temperature > 0 and key is None:
         raise ValueError("key: expected a jax.random.key for temperature above 0, found None; temperature=0 is greedy")
@@ -83,6 +87,7 @@ def _generate(params: Any, config: ModelConfig, prompts_BT: jax.Array, prompt_le
               greedy: bool, temperature: jax.Array, top_p: jax.Array, key: jax.Array, stop_ids: tuple[int, ...]
               ) -> Generation:
     batch, length = prompts_BT.shape
+    config = config.replace(num_nextn_predict_layers=0)  # plain decoding never asks the MTP layer
     real_BT = (jnp.arange(length) < prompt_lengths_B[:, None]).astype(jnp.int32)
     prefill = forward(params, config, prompts_BT, segment_ids=real_BT,
                       cache=init_cache(config, batch, length + new))

@@ -142,8 +142,7 @@ class ModelConfig:
                "0 or 1 (one layer, shared by all steps)")
         expect(self.remat in ("none", "full", "dots"), "remat", "'none', 'full' or 'dots'")
         for field in DTYPE_FIELDS:
-            expect(getattr(self, field) in ("float32", "bfloat16", "float64"), field,
-                   "'float32', 'bfloat16' or 'float64'")
+            expect(getattr(self, field) in ("float32", "bfloat16"), field, "'float32' or 'bfloat16'")
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -177,11 +176,14 @@ def glm5(**changes: Any) -> ModelConfig:
 
 def glm5_2(**changes: Any) -> ModelConfig:
     """GLM-5.2: as GLM-5, with one indexer for each group of four layers and a context of 1M tokens."""
-    full = lambda layer: max(layer - 2, 0) % 4 == 0  # index_topk_freq 4, index_skip_topk_offset 3
-    layers = changes.get("num_hidden_layers", 78)
     return glm5(**{**dict(
-        indexer_types=tuple("full" if full(layer) else "shared" for layer in range(layers)),
+        indexer_types=shared_indexers(changes.get("num_hidden_layers", 78), freq=4, offset=3),
         rope_theta=8e6, max_position_embeddings=1048576), **changes})
+
+
+def shared_indexers(layers: int, *, freq: int, offset: int) -> tuple[IndexerType, ...]:
+    """Index sharing (IndexCache, arXiv 2603.12201): which layers own an indexer, one in `freq` from the offset on."""
+    return tuple("full" if max(layer - offset + 1, 0) % freq == 0 else "shared" for layer in range(layers))
 
 
 def small(**changes: Any) -> ModelConfig:

@@ -126,6 +126,7 @@ def kl_rows(attention_BTS: jax.Array, scores_BTS: jax.Array, mask_BTS: jax.Array
     report, section 2.1.
     """
     mask_BTS = mask_BTS & ~jnp.isnan(scores_BTS)
+    scores_BTS = jnp.maximum(scores_BTS, jnp.finfo(jnp.float32).min)  # as in `select_topk`
     p = lax.stop_gradient(attention_BTS.astype(jnp.float32))
     log_q = masked.masked_log_softmax(scores_BTS, mask_BTS)
     log_p = jnp.log(jnp.where(p > 0, p, 1.0))

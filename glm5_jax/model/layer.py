@@ -3,10 +3,11 @@
 B batch, T query positions, S key positions, D model width, R latent rank, K keys selected.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Callable, Literal, NamedTuple
 
 from flax import struct
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from glm5_jax.core import masked
@@ -104,7 +105,8 @@ def apply(params: Params, config: ModelConfig, kind: LayerKind, flow: Flow, view
         x_BTD = flow.x_BTD + mla.output(params["attention"], mixed)
         x_BTD = constrain(x_BTD, "batch", "time", "act_embed", rules=config.sharding)
     if "selected" in request.collect:
-        report["selected"] = flow.selected_BTK
+        missing = config.index_topk - flow.selected_BTK.shape[-1]
+        report["selected"] = jnp.pad(flow.selected_BTK, ((0, 0), (0, 0), (0, missing)), constant_values=-1)
     if kl_BT is not None:
         report["indexer_kl"] = masked.masked_mean(kl_BT, view.segment_ids_BT != 0)
 
@@ -118,6 +120,21 @@ def apply(params: Params, config: ModelConfig, kind: LayerKind, flow: Flow, view
             y_BTD = mlp(params["mlp"], u_BTD)
         x_BTD = constrain(x_BTD + y_BTD, "batch", "time", "act_embed", rules=config.sharding)
     return flow.replace(x_BTD=x_BTD), report
+
+
+def rematerialised(fn: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
+    """`fn` as the body of a scan whose backward pass computes anew what `config.remat` says.
+
+    The choices themselves, selected keys and experts, are always kept: computed twice, a near tie could fall to the
+    other side, and the gradient would belong to another selection than the loss.
+    """
+    if config.remat == "none":
+        return fn
+    policies = jax.checkpoint_policies
+    policy = policies.save_only_these_names("selected", "experts")
+    if config.remat == "dots":
+        policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policy)
+    return jax.checkpoint(fn, prevent_cse=False, policy=policy)
 
 
 def _remember(flow: Flow, name: str, layer: jax.Array, view: View, new_BTC: jax.Array) -> tuple[jax.Array, Flow]:
@@ -146,6 +163,7 @@ def _select(config: ModelConfig, flow: Flow, index: dsa.IndexInputs, view: View)
 
     selected, nan_BT = over_queries(block, config.query_chunk, index.queries_BTIC, index.weights_BTI,
                                     view.positions_BT, view.segment_ids_BT)
+    selected = checkpoint_name(selected, "selected")
     return flow.replace(selected_BTK=selected, index_nan=flow.index_nan + nan_BT.sum())
 
 
@@ -177,10 +195,11 @@ def _attend(params: Params, config: ModelConfig, q_BTHC: jax.Array, rows_BSR: ja
                 return out, None
             return out, dsa.kl_rows(p_BHTS.mean(1), dsa.index_scores(index_q, index.keys_BSC, index_w), mask)
     else:
-        rows32_BSR = rows_BSR.astype(jnp.float32)
+        # Rows of a cache have no gradient to accumulate, and are read as they are.
+        keys_BSR = rows_BSR.astype(jnp.float32) if view.slots_BT is None else rows_BSR
 
         def block(q, selected, positions, segment_ids, index_q, index_w):
-            out, p_BTHK = mla.attend_selected(q, rows32_BSR, selected, value_dim=config.kv_lora_rank, scale=scale)
+            out, p_BTHK = mla.attend_selected(q, keys_BSR, selected, value_dim=config.kv_lora_rank, scale=scale)
             if index is None:
                 return out, None
             scores = dsa.index_scores_at(index_q, dsa.gather_rows(index.keys_BSC, selected), index_w)

@@ -114,7 +114,7 @@ def attend_selected(q_BTHR: jax.Array, rows_BSR: jax.Array, selected_BTK: jax.Ar
                     scale: float) -> tuple[jax.Array, jax.Array]:
     """Absorbed attention over gathered keys: [B, T, H, value_dim] and the float32 probabilities [B, T, H, K].
 
-    `rows_BSR` are float32, so that the gradient of a key that many queries chose accumulates in float32.
+    The gradient of a key that many queries chose accumulates in the dtype of `rows_BSR`: float32 in training.
     """
     rows_BTKR = dsa.gather_rows(rows_BSR, selected_BTK).astype(q_BTHR.dtype)
     logits = jnp.einsum("bthr,btkr->bthk", q_BTHR, rows_BTKR, preferred_element_type=jnp.float32) * scale

@@ -6,6 +6,7 @@ B batch, T positions, N = B*T tokens, D model width, F expert width, E experts, 
 from flax import struct
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from glm5_jax.core import masked
@@ -54,7 +55,7 @@ def route(params: Params, config: ModelConfig, x_ND: jax.Array) -> Routing:
     choice_NE = lax.stop_gradient(scores_NE + params["router_bias"])
     if config.n_group > 1:
         choice_NE = _limit_groups(choice_NE, config.n_group, config.topk_group)
-    experts_NA = lax.top_k(choice_NE, config.num_experts_per_tok)[1]
+    experts_NA = checkpoint_name(lax.top_k(choice_NE, config.num_experts_per_tok)[1], "experts")
     weights_NA = jnp.take_along_axis(scores_NE, experts_NA, -1)
     if config.norm_topk_prob:
         weights_NA = weights_NA / (weights_NA.sum(-1, keepdims=True) + 1e-20)

@@ -103,6 +103,6 @@ def unroll(params: Params, config: ModelConfig, embedding: jax.Array, window: Wi
                                   mtp_segment_ids_UBS=cache.mtp_segment_ids_UBS.at[k].set(key_segments))
         return (h_BWD, cache), (h_BWD, report | {"index_nan": flow.index_nan})
 
-    step = step if config.remat == "none" else jax.checkpoint(step, prevent_cse=False)
-    (_, cache), (hidden, report) = lax.scan(step, (window.hidden_BWD, cache), jnp.arange(steps))
+    body = layer.rematerialised(step, config)
+    (_, cache), (hidden, report) = lax.scan(body, (window.hidden_BWD, cache), jnp.arange(steps))
     return hidden, report, cache

@@ -77,14 +77,15 @@ def forward(params: Params, config: ModelConfig, tokens: jax.Array, *, positions
     sequence fed in pieces gives what it gives whole: provided that every call on a cache has the same `mtp_steps`.
 
     `collect` takes "hidden" (`hidden/<i>` after i layers, `hidden/final_norm`), "index_scores"
-    (`index_scores/<layer>` [B, T, S], -inf where not visible), "selected" (`selected/<layer>` [B, T, K]) and "router"
-    (`router/<layer>/experts` and `/weights` [B*T, A]). `indexer_loss` adds `indexer_kl/<layer>` to the collected: the
-    mean over tokens of KL(attention averaged over heads || softmax of the index scores), over all visible keys
-    ("dense"; attention is then dense in every layer) or the selected ("sparse"); layer N is the MTP layer.
+    (`index_scores/<layer>` [B, T, S], -inf where not visible), "selected" (`selected/<layer>` [B, T, index_topk]) and
+    "router" (`router/<layer>/experts` and `/weights` [B*T, A]). `indexer_loss` adds `indexer_kl/<layer>` to the
+    collected: the mean over tokens of KL(attention averaged over heads || softmax of the index scores), over all
+    visible keys ("dense"; attention is then dense in every layer) or the selected ("sparse"); layer N is the MTP layer.
 
     Raises ValueError for a wrong rank, dtype or option and, outside jit, for a cache without room.
     """
-    tokens, collect = jnp.asarray(tokens), tuple(sorted(set(collect)))
+    tokens = jnp.asarray(tokens)
+    collect = (collect,) if isinstance(collect, str) else tuple(sorted(set(collect)))
     _check(config, tokens, positions, segment_ids, cache, mtp_steps, indexer_loss, collect)
     return _forward(params, config, tokens, positions, segment_ids, cache, mtp_steps,
                     layer.Request(indexer_loss, collect))
@@ -200,10 +201,7 @@ def _layer_body(config: ModelConfig, run: stacks.Run, view: layer.View, request:
         params, index, indexer = xs
         return layer.apply(params, config, run.kind, flow, view, index, indexer, request)
 
-    if config.remat == "none":
-        return body
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-    return jax.checkpoint(body, prevent_cse=False, policy=policy)
+    return layer.rematerialised(body, config)
 
 
 def _by_name(reports: dict[int, dict[str, Any]]) -> dict[str, jax.Array]:
@@ -221,10 +219,16 @@ def _check(config: ModelConfig, tokens: Any, positions: Any, segment_ids: Any, c
     if tokens.ndim != 2 or tokens.size == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens: expected integers [batch, time], at least one, found {tokens.dtype} "
                          f"{list(tokens.shape)}")
+    if not isinstance(tokens, jax.core.Tracer):
+        lowest, highest = np.asarray(tokens).min(), np.asarray(tokens).max()
+        if lowest < 0 or highest >= config.vocab_size:
+            raise ValueError(f"tokens: expected ids from 0 to {config.vocab_size - 1} (config.vocab_size), "
+                             f"found {lowest} to {highest}")
     for name, value in (("positions", positions), ("segment_ids", segment_ids)):
-        if value is not None and jnp.shape(value) != jnp.shape(tokens):
-            raise ValueError(f"{name}: expected the shape of tokens {list(jnp.shape(tokens))}, "
-                             f"found {list(jnp.shape(value))}")
+        if value is not None and (jnp.shape(value) != tokens.shape
+                                  or not jnp.issubdtype(jnp.result_type(value), jnp.integer)):
+            raise ValueError(f"{name}: expected integers in the shape of tokens {list(tokens.shape)}, "
+                             f"found {jnp.result_type(value)} {list(jnp.shape(value))}")
     if indexer_loss not in (None, "dense", "sparse"):
         raise ValueError(f"indexer_loss: expected None, 'dense' or 'sparse', found {indexer_loss!r}")
     if unknown := set(collect) - set(layer.COLLECTABLE):

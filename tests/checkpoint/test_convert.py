@@ -233,6 +233,21 @@ def test_errors_name_the_tensor(change, names, tmp_path):
         assert name in str(error.value), str(error.value)
 
 
+def test_what_save_hf_notes_of_the_latent_norm_comes_back(tmp_path):
+    config = MICRO.replace(latent_norm_eps=3e-6)
+    glm5.save_hf(tmp_path, config, random_params(config, 0))
+    assert glm5.load_hf(tmp_path)[0].latent_norm_eps == 3e-6
+    assert glm5.load_hf(tmp_path, latent_norm_eps=1e-6)[0].latent_norm_eps == 1e-6
+
+
+def test_a_tree_of_another_config_is_refused():
+    params = random_params(MICRO, 0)
+    with pytest.raises(ValueError, match=r"norm: expected \(\d+,\), found \(3,\)"):
+        glm5.to_hf(MICRO, {**params, "norm": np.ones(3)})
+    with pytest.raises(ValueError, match="embedding: expected .*, found nothing"):
+        glm5.to_hf(MICRO, {name: leaf for name, leaf in params.items() if name != "embedding"})
+
+
 def test_an_indexer_in_a_shared_layer_is_unexpected(tmp_path):
     save(tmp_path, "rich")
     name = "model.layers.1.self_attn.indexer.wk.weight"

@@ -39,7 +39,7 @@ CASES = {
     "sharing": Case(dict(
         num_hidden_layers=8, first_k_dense_replace=3, moe_intermediate_size=5, n_routed_experts=4, n_shared_experts=2,
         num_attention_heads=3, num_key_value_heads=3, index_topk_freq=4, index_skip_topk_offset=3, index_topk=7,
-        rope_parameters={"rope_theta": 8e6, "rope_type": "default"}), gradients=False),
+        rope_parameters={"rope_theta": 8e6, "rope_type": "default"})),
     # Biased choices are often negative here: a router that writes 0 instead of -inf into left-out groups goes wrong.
     "groups": Case(dict(n_group=4, topk_group=2, num_experts_per_tok=3, indexer_types=["full", "full", "shared"]),
                    correction_bias_mean=-0.6, json_edits=dict(indexer_types=None, index_topk_pattern="FFS")),

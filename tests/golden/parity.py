@@ -25,7 +25,6 @@ HERE = pathlib.Path(__file__).parent
 REMADE = 1e-5      # between two makings of a golden case
 TOLERANCE = 2e-4   # between the two libraries, on logits of order 1 to 10
 HIDDEN_TOLERANCE = 2e-3  # on what is inside, whose size grows with depth
-QUICK = {"xla_backend_optimization_level": 0}  # these programs compile far longer than they run
 COLLECT = ("hidden", "index_scores", "selected", "router")
 
 FRESH = {
@@ -121,8 +120,7 @@ def import_check(report: Report, name: str, directory: pathlib.Path) -> None:
     steps = MTP_STEPS if "mtp_loss" in expected else 0
     for path, changes in (("dense", {}), ("gathered", dict(dense_attention_max_len=0, query_chunk=10))):
         run = jax.jit(functools.partial(
-            glm5.forward, config=dataclasses.replace(config, **changes), mtp_steps=steps, collect=COLLECT),
-            compiler_options=QUICK)
+            glm5.forward, config=dataclasses.replace(config, **changes), mtp_steps=steps, collect=COLLECT))
         output = run(params, tokens=expected["tokens"])
         found = {name: np.array(value) for name, value in output.collected.items()}
         found |= {"logits": output.logits}
@@ -167,7 +165,7 @@ def export_check(report: Report, name: str, directory: pathlib.Path, scratch: pa
     glm5.save_hf(scratch / "own", config, params)
     with torch.no_grad():
         logits = read(scratch / "own")(tokens).logits.numpy()
-    ours = jax.jit(functools.partial(glm5.forward, config=config), compiler_options=QUICK)(
+    ours = jax.jit(functools.partial(glm5.forward, config=config))(
         params, tokens=expected["tokens"]).logits
     report.close(f"fresh {name}: transformers' logits from our weights", {"": logits}, {"": ours}, TOLERANCE)
 

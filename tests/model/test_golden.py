@@ -24,7 +24,6 @@ GRADIENT_TOLERANCE = 1e-3  # of the gradient's norm, tensor by tensor
 MTP_STEPS = 3
 MTP_LOSS_WEIGHT = 0.3
 
-QUICK = {"xla_backend_optimization_level": 0}  # these programs compile far longer than they run
 ON_SOME_PATHS = [(name, "dense") for name in NAMES] + [("plain", "gathered"), ("sharing", "gathered")]
 
 
@@ -66,7 +65,7 @@ def compiled(config: Any, collect: tuple[str, ...] = (), **options: Any) -> Call
     def run(params, tokens, **arrays):
         return glm5.forward(params, config, tokens, collect=collect, **options, **arrays)
 
-    return jax.jit(run, compiler_options=QUICK)
+    return jax.jit(run)
 
 
 @functools.cache
@@ -204,10 +203,10 @@ def gradients(name: str, path: str) -> dict[str, np.ndarray]:
         parts = losses(golden, glm5.forward(params, config, golden.expected["tokens"], mtp_steps=golden.mtp_steps))
         return parts["loss"] + MTP_LOSS_WEIGHT * parts.get("mtp_loss", 0.0)
 
-    return glm5.to_hf(config, jax.jit(jax.grad(objective), compiler_options=QUICK)(golden.params))
+    return glm5.to_hf(config, jax.jit(jax.grad(objective))(golden.params))
 
 
-WITH_GRADIENTS = [(name, "dense") for name in ("groups", "mtp", "plain", "tied_bias")] + [
+WITH_GRADIENTS = [(name, "dense") for name in ("groups", "mtp", "plain", "sharing", "tied_bias")] + [
     ("mtp", "gathered"), ("plain", "gathered")]
 
 

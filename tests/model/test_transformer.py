@@ -379,9 +379,11 @@ def test_init_follows_the_specs_and_the_key():
 
 @pytest.mark.parametrize("options, message", [
     (dict(tokens=np.zeros(3, np.int32)), "tokens"), (dict(tokens=np.zeros((1, 3))), "tokens"),
-    (dict(positions=np.zeros((1, 3), np.int32)), "positions"),
+    (dict(tokens=np.full((1, 24), PAIR.vocab_size, np.int32)), "tokens"),
+    (dict(tokens=np.full((1, 24), -1, np.int32)), "tokens"), (dict(tokens=np.zeros((1, 0), np.int32)), "tokens"),
+    (dict(positions=np.zeros((1, 3), np.int32)), "positions"), (dict(positions=np.zeros((1, 24))), "positions"),
     (dict(segment_ids=np.zeros(24, np.int32)), "segment_ids"), (dict(indexer_loss="both"), "indexer_loss"),
-    (dict(collect=("logits",)), "collect"), (dict(collect="hidden"), "collect"), (dict(mtp_steps=-1), "mtp_steps")])
+    (dict(collect=("logits",)), "collect"), (dict(mtp_steps=-1), "mtp_steps")])
 def test_errors_name_the_argument(options, message):
     with pytest.raises(ValueError, match=f"^{message}:"):
         glm5.forward(pair_params(), PAIR, **{"tokens": DISTINCT, **options})

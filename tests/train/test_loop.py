@@ -128,6 +128,7 @@ def real_parts(config, optimizer):
     return step, lambda: train_state.create(config, optimizer, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_the_model_resumes_bit_for_bit(tmp_path, config, optimizer, batches):
     step, begin = real_parts(config, optimizer)
     whole = train(tmp_path / "whole", batches(), step, begin, until=6)

@@ -1,5 +1,7 @@
 """The step against its parts computed apart: the loss, the separation of gradients, the router-bias rule, clipping."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,12 @@ import optax
 import pytest
 
 from glm5_jax.model import transformer
+from glm5_jax.optim import partition
 from glm5_jax.train import state as train_state, step as train_step
 
 OPTIONS = train_step.Options(mtp_steps=2, mtp_weight=0.3, balance_weight=0.1, indexer_loss="sparse",
                              indexer_weight=0.5, router_bias_rate=0.01)
+ONE_MTP_STEP = dataclasses.replace(OPTIONS, mtp_steps=1)
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +28,10 @@ def batch(rows):
 
 
 @pytest.fixture(scope="module")
-def step(config, optimizer):
-    return train_step.make_train_step(config, optimizer, OPTIONS)
-
-
-@pytest.fixture(scope="module")
-def stepped(config, optimizer, params, batch, step):
-    """The state after one step and its metrics; the state before is given away."""
+def stepped(config, optimizer, params, batch):
+    """The state after one step and its metrics."""
     before = train_state.from_params(jax.tree.map(jnp.copy, params), optimizer)
-    return step(before, batch)
+    return train_step.make_train_step(config, optimizer, OPTIONS)(before, batch)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +40,30 @@ def output(config, params, batch):
                                mtp_steps=2, indexer_loss="sparse", collect=("router",))
 
 
+@pytest.fixture(scope="module")
+def small(config):
+    """Two layers of one kind, quick to compile."""
+    return config.replace(num_hidden_layers=2, mlp_layer_types=("sparse", "sparse"))
+
+
+@pytest.fixture(scope="module")
+def small_params(small):
+    return transformer.init(small, jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def start(small, small_params):
+    """A new state, of which a step may dispose, and the step."""
+    optimizer = partition.build(transformer.param_specs(small), learning_rate=1e-2)
+    step = train_step.make_train_step(small, optimizer, ONE_MTP_STEP)
+    return lambda: train_state.from_params(jax.tree.map(jnp.copy, small_params), optimizer), step
+
+
 def is_indexer(path):
     return "indexer" in jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_the_parts(batch, stepped, output):
     assert (batch.segment_ids == 0).any() and (batch.segment_ids == 2).any()
     _, metrics = stepped
@@ -69,6 +88,7 @@ def test_metrics_are_those_of_the_parts(batch, stepped, output):
     assert found == pytest.approx({name: float(value) for name, value in expected.items()}, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_the_router_bias_follows_the_load_of_its_own_layer(batch, stepped, output):
     real = np.repeat(batch.segment_ids.reshape(-1) != 0, 2)
     biases = stepped[0].params["layers"]["1"]["moe"]["router_bias"].reshape(2, 4)  # layers 1 and 3
@@ -82,35 +102,46 @@ def test_the_router_bias_follows_the_load_of_its_own_layer(batch, stepped, outpu
                                   np.float32(0.01) * np.sign(load.mean() - load))
 
 
-def test_gradients_of_the_indexer_and_of_the_rest_do_not_mix(config, params, batch):
+def test_the_load_finds_its_layer_between_dense_ones(config, params):
+    assert config.mlp_layer_types == ("dense", "sparse") * 2
+    aux = {"expert_load": jnp.array([[9, 1, 1, 1], [1, 1, 1, 9]]), "mtp_expert_load": jnp.array([1, 9, 1, 1])}
+    after = train_step.balance(params, config, aux, 0.5)
+    np.testing.assert_array_equal(after["layers"]["1"]["moe"]["router_bias"].reshape(2, 4),  # of layers 1 and 3
+                                  [[-0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, -0.5]])
+    np.testing.assert_array_equal(after["mtp"]["layer"]["moe"]["router_bias"], [0.5, -0.5, 0.5, 0.5])
+
+
+def test_gradients_of_the_indexer_and_of_the_rest_do_not_mix(small, small_params, batch):
     @jax.jit
     def gradient(params, rest, divergence):
         def weighted(params):
-            loss, (metrics, _) = train_step._objective(params, config, OPTIONS, batch,
-                                                       train_step._counts(batch, OPTIONS))
+            loss, (metrics, _) = train_step._objective(params, small, ONE_MTP_STEP, batch,
+                                                       train_step._counts(batch, ONE_MTP_STEP))
             kl = metrics["indexer_kl"].total
             return rest * (loss - OPTIONS.indexer_weight * kl) + divergence * kl
         return jax.grad(weighted)(params)
 
-    of_rest, of_kl = gradient(params, 1.0, 0.0), gradient(params, 0.0, 1.0)
+    of_rest, of_kl = gradient(small_params, 1.0, 0.0), gradient(small_params, 0.0, 1.0)
     for (path, rest), kl in zip(jax.tree_util.tree_flatten_with_path(of_rest)[0], jax.tree.leaves(of_kl)):
         assert np.any(kl) == is_indexer(path), path
         moved_by_gradient = not is_indexer(path) and "router_bias" not in jax.tree_util.keystr(path)
         assert np.any(rest) == moved_by_gradient, path
 
 
-def test_the_state_moves_on_and_is_donated(config, optimizer, params, batch, step):
-    before = train_state.from_params(jax.tree.map(jnp.copy, params), optimizer)
+def test_the_state_moves_on_and_is_donated(start, small_params, batch):
+    begin, step = start
+    before = begin()
     after, _ = step(before, batch)
     assert before.params["embedding"].is_deleted()
     assert int(after.step) == 1
     assert after.tokens_seen.tolist() == [0, int((batch.segment_ids != 0).sum())]
-    for (path, old), new in zip(jax.tree_util.tree_flatten_with_path(params)[0], jax.tree.leaves(after.params)):
+    for (path, old), new in zip(jax.tree_util.tree_flatten_with_path(small_params)[0], jax.tree.leaves(after.params)):
         assert not np.array_equal(old, new), path
 
 
-def test_a_batch_is_learnt_by_heart(config, optimizer, params, batch, step):
-    state, losses = train_state.from_params(jax.tree.map(jnp.copy, params), optimizer), []
+def test_a_batch_is_learnt_by_heart(start, batch):
+    begin, step = start
+    state, losses = begin(), []
     for _ in range(40):
         state, metrics = step(state, batch)
         losses.append(float(metrics["lm_loss"].value()))
