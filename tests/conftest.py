@@ -22,7 +22,7 @@ settings.load_profile("repeatable")
 
 
 def skips(config: pytest.Config) -> list[tuple[str, str]]:
-    """Every (test, reason) of this session: tests and whole modules that were skipped, and failures that were expected.
+    """Every (test, reason) of this run: tests and whole modules that were skipped, and failures that were expected.
 
     Under xdist a worker has no terminal reporter and answers []; the controller sees the reports of all workers.
     """
