@@ -22,8 +22,8 @@ _LAZY = {
     "Cache": "glm5_jax.model.cache",
     "init_cache": "glm5_jax.model.cache",
     "generate": "glm5_jax.infer.sampler",
-    "load_hf": "glm5_jax.checkpoint.convert",
-    "save_hf": "glm5_jax.checkpoint.convert",
+    "load_hf": "glm5_jax.checkpoint.released",
+    "save_hf": "glm5_jax.checkpoint.released",
     "to_hf": "glm5_jax.checkpoint.hf_names",
 }
 

@@ -15,7 +15,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from glm5_jax.checkpoint import convert
+from glm5_jax.checkpoint import hf_config, released
 from glm5_jax.checkpoint.store import Store
 from glm5_jax.core import metrics as core_metrics, params as core_params
 from glm5_jax.core.batch import Batch
@@ -267,13 +267,14 @@ def pretrain(job: Job, rundir: RunDir, train_rows: Batch, held_out_rows: Batch, 
     """Trains through all stages, from the newest checkpoint where there is one."""
     tokens = job.data.batch_size * job.data.seq_len
     optimizer = partition.build(
-        transformer.param_specs(job.model), weight_decay=job.optimizer.weight_decay, b1=job.optimizer.b1,
-        b2=job.optimizer.b2, learning_rate=schedules.warmup_cosine(
+        transformer.param_specs(job.model), optimizer="adamw", weight_decay=job.optimizer.weight_decay,
+        b1=job.optimizer.b1, b2=job.optimizer.b2, learning_rate=schedules.warmup_cosine(
             job.optimizer.learning_rate, final=job.optimizer.final_learning_rate,
             warmup=job.optimizer.warmup_steps * tokens, total=job.train.steps * tokens))
     batches = iter(packing.batches(train_rows, batch_size=job.data.batch_size, seed=job.seed))
     lines = core_metrics.JsonlWriter(rundir.metrics)
-    with Store(rundir.checkpoints, keep=job.checkpoint.keep) as store, contextlib.closing(lines):
+    with (Store(rundir.checkpoints, keep=job.checkpoint.keep, about=hf_config.about(job.model)) as store,
+          contextlib.closing(lines)):
         state = loop.resume(store, train_state.abstract(job.model, optimizer), batches)
         if state is None:
             lines.truncate_after(-1)
@@ -309,8 +310,8 @@ def export_and_reload(directory: pathlib.Path, config: ModelConfig, params: Any)
     Raises RuntimeError naming the parameter or the field of the config that came back different.
     """
     shutil.rmtree(directory, ignore_errors=True)
-    convert.save_hf(directory, config, params)
-    reloaded_config, reloaded = convert.load_hf(directory)
+    released.save_hf(directory, config, params)
+    reloaded_config, reloaded = released.load_hf(directory)
     for field in dataclasses.fields(ModelConfig):
         ours, theirs = getattr(config, field.name), getattr(reloaded_config, field.name)
         if field.name not in RUNTIME_FIELDS and ours != theirs:

@@ -12,7 +12,7 @@ import pytest
 
 from glm5_jax import __main__ as command
 from glm5_jax import pipeline
-from glm5_jax.checkpoint import convert
+from glm5_jax.checkpoint import released
 from glm5_jax.core.rundir import RunDir
 from glm5_jax.model import transformer
 from glm5_jax.train import loop, report
@@ -71,7 +71,7 @@ def test_the_main_job_leaves_what_it_promises(finished):
 
 @pytest.mark.slow
 def test_the_export_is_the_trained_model(finished):
-    config, params = convert.load_hf(finished[0] / "hf")
+    config, params = released.load_hf(finished[0] / "hf")
     assert (config.num_hidden_layers, config.vocab_size) == (2, 4096)
     pipeline.export_and_reload(finished[0].parent / "again", config, params)
 
@@ -80,8 +80,8 @@ def test_the_export_is_the_trained_model(finished):
 def reread(monkeypatch, tmp_path):
     """The export's check of a model against what reading it back is made to give."""
     def check(config, params, read_config, read_params):
-        monkeypatch.setattr(pipeline.convert, "save_hf", lambda *_: None)
-        monkeypatch.setattr(pipeline.convert, "load_hf", lambda _: (read_config, read_params))
+        monkeypatch.setattr(pipeline.released, "save_hf", lambda *_: None)
+        monkeypatch.setattr(pipeline.released, "load_hf", lambda _: (read_config, read_params))
         return pipeline.export_and_reload(tmp_path / "hf", config, params)
 
     return check

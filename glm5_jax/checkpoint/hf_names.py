@@ -4,13 +4,14 @@ An `Entry` says which slices of which parameters make one checkpoint tensor, and
 matrices are [out, in] with heads folded into a dimension; ours are [in, ..., out] with heads apart.
 """
 
+import collections
 import functools
 from typing import Any, Callable, Iterator, NamedTuple
 
 import jax
 import numpy as np
 
-from glm5_jax.core.params import ParamSpec, is_spec, path_name
+from glm5_jax.core.params import is_spec, path_name
 from glm5_jax.model import mtp, stacks
 from glm5_jax.model.config import LayerKind, ModelConfig
 from glm5_jax.model.transformer import param_specs
@@ -19,10 +20,11 @@ Path = tuple[str, ...]
 
 
 class Op(NamedTuple):
-    """An invertible map between parameter slices and a checkpoint tensor."""
+    """An invertible map between parameter slices and a checkpoint tensor, and what it does to their shapes."""
 
     to_hf: Callable[..., np.ndarray]
-    from_hf: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    from_hf: Callable[[np.ndarray], tuple[np.ndarray, ...]]  # views where it can
+    shape: Callable[..., tuple[int, ...]]
 
 
 class Entry(NamedTuple):
@@ -34,27 +36,38 @@ class Entry(NamedTuple):
     op: Op
 
 
-SAME = Op(lambda x: x, lambda x: (x,))
-TRANSPOSED = Op(lambda x: x.T, lambda x: (x.T,))
+class Piece(NamedTuple):
+    """What one checkpoint tensor gives a parameter: result number `part` of `entry.op.from_hf`, at a leading index."""
+
+    entry: Entry
+    part: int
+    at: tuple[int, ...]
+
+
+SAME = Op(lambda x: x, lambda x: (x,), lambda shape: shape)
+TRANSPOSED = Op(lambda x: x.T, lambda x: (x.T,), lambda shape: shape[::-1])
 
 
 def heads_out(heads: int) -> Op:
     """[R, H, C] <-> [H*C, R]."""
     return Op(lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
-              lambda x: (x.reshape(heads, -1, x.shape[-1]).transpose(2, 0, 1),))
+              lambda x: (x.reshape(heads, -1, x.shape[-1]).transpose(2, 0, 1),),
+              lambda shape: (shape[1] * shape[2], shape[0]))
 
 
 def heads_in(heads: int) -> Op:
     """[H, C, D] <-> [D, H*C]."""
     return Op(lambda x: x.transpose(2, 0, 1).reshape(x.shape[-1], -1),
-              lambda x: (x.reshape(x.shape[0], heads, -1).transpose(1, 2, 0),))
+              lambda x: (x.reshape(x.shape[0], heads, -1).transpose(1, 2, 0),),
+              lambda shape: (shape[2], shape[0] * shape[1]))
 
 
 def key_value_heads(heads: int, key_dim: int) -> Op:
     """[R, H, key] and [R, H, value] <-> [H*(key+value), R], the rows of each head together, keys first."""
     both = heads_out(heads)
     return Op(lambda k, v: both.to_hf(np.concatenate([k, v], -1)),
-              lambda x: tuple(np.split(both.from_hf(x)[0], [key_dim], -1)))
+              lambda x: tuple(np.split(both.from_hf(x)[0], [key_dim], -1)),
+              lambda k, v: (k[1] * (k[2] + v[2]), k[0]))
 
 
 def _layer(config: ModelConfig, kind: LayerKind) -> Iterator[tuple[str, tuple[Path, ...], Op]]:
@@ -117,20 +130,34 @@ def _all(config: ModelConfig) -> Iterator[tuple[str, tuple[tuple[Path, tuple[int
 def entries(config: ModelConfig) -> tuple[Entry, ...]:
     """Every tensor of a checkpoint of this config; together they cover every element of every parameter once."""
     specs = param_specs(config)
-
-    def shape(slices: tuple[tuple[Path, tuple[int, ...]], ...], op: Op) -> tuple[int, ...]:
-        # A broadcast scalar has the shape but no memory: a 744B model is described in seconds.
-        parts = [np.broadcast_to(np.int8(0), leaf_at(specs, path).shape[len(index):]) for path, index in slices]
-        return op.to_hf(*parts).shape if len(parts) == 1 else op.to_hf(*map(np.ascontiguousarray, parts)).shape
-
     cached: dict[Any, tuple[int, ...]] = {}
     out = []
     for name, slices, op in _all(config):
         kind = tuple((path[:1] + path[2:] if path[0] == "layers" else path, len(index)) for path, index in slices)
         if kind not in cached:
-            cached[kind] = shape(slices, op)
+            cached[kind] = op.shape(*(leaf_at(specs, path).shape[len(index):] for path, index in slices))
         out.append(Entry(name, cached[kind], slices, op))
     return tuple(out)
+
+
+def count(config: ModelConfig) -> int:
+    """How many tensors `entries` has, without making them."""
+    def of_layer(kind: LayerKind) -> int:
+        return sum(config.n_routed_experts if "{e}" in name else 1 for name, _, _ in _layer(config, kind))
+
+    kinds = collections.Counter(config.layer_kinds)
+    return (sum(times * of_layer(kind) for kind, times in kinds.items()) + 3 - config.tie_word_embeddings
+            + (of_layer(mtp.KIND) + 4) * config.num_nextn_predict_layers)
+
+
+@functools.lru_cache(maxsize=8)
+def pieces(config: ModelConfig) -> dict[Path, tuple[Piece, ...]]:
+    """For each parameter, the checkpoint tensors that fill it."""
+    found: dict[Path, list[Piece]] = {}
+    for entry in entries(config):
+        for part, (path, index) in enumerate(entry.slices):
+            found.setdefault(path, []).append(Piece(entry, part, index))
+    return {path: tuple(own) for path, own in found.items()}
 
 
 def ignored_names(config: ModelConfig) -> frozenset[str]:
@@ -151,13 +178,14 @@ def to_hf(config: ModelConfig, tree: Any) -> dict[str, np.ndarray]:
 
     Raises ValueError naming the parameters that are missing, unknown or of another shape than `config` says.
     """
-    _check_tree(config, tree)
+    check_tree(config, tree)
     host = jax.tree.map(np.asarray, tree)
     parts = lambda entry: (leaf_at(host, path)[index] for path, index in entry.slices)
     return {entry.name: np.ascontiguousarray(entry.op.to_hf(*parts(entry))) for entry in entries(config)}
 
 
-def _check_tree(config: ModelConfig, tree: Any) -> None:
+def check_tree(config: ModelConfig, tree: Any) -> None:
+    """Raises ValueError naming the parameters that are missing, unknown or of another shape than `config` says."""
     expected = {path_name(path): spec.shape for path, spec in
                 jax.tree_util.tree_flatten_with_path(param_specs(config), is_leaf=is_spec)[0]}
     found = {path_name(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
@@ -165,24 +193,3 @@ def _check_tree(config: ModelConfig, tree: Any) -> None:
               for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
     if faults:
         raise ValueError(f"the tree is not of this config: {'; '.join(faults[:4])}{'; ...' if len(faults) > 4 else ''}")
-
-
-def from_hf(config: ModelConfig, read: Callable[[Entry], np.ndarray]) -> Any:
-    """The parameter tree of numpy arrays, filled slice by slice; a leaf has the widest dtype of its tensors."""
-    tree: dict[str, Any] = {}
-    filled: dict[Path, np.ndarray] = {}
-    specs = param_specs(config)
-    for entry in entries(config):
-        for (path, index), value in zip(entry.slices, entry.op.from_hf(read(entry))):
-            spec: ParamSpec = leaf_at(specs, path)
-            if path not in filled:
-                filled[path] = np.empty(spec.shape, value.dtype)
-            elif filled[path].dtype != value.dtype:
-                filled[path] = filled[path].astype(np.promote_types(filled[path].dtype, value.dtype))
-            filled[path][index] = value
-    for path, value in filled.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return tree

@@ -4,7 +4,8 @@
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+import math
+from typing import Any, Iterator, Literal, NamedTuple
 
 from glm5_jax.core.mesh import ShardingRules
 
@@ -17,6 +18,14 @@ DERIVED_FIELDS = ("mlp_layer_types", "indexer_types", "latent_norm_eps")
 DTYPE_FIELDS = ("dtype", "param_dtype")
 
 
+class ModelConfigError(ValueError):
+    """Values that make no sense; `faults` has one sentence for each field."""
+
+    def __init__(self, faults: tuple[str, ...]):
+        super().__init__("; ".join(faults))
+        self.faults = faults
+
+
 class LayerKind(NamedTuple):
     """What distinguishes one layer from another: whether it owns an indexer, and its feed-forward form."""
 
@@ -26,7 +35,7 @@ class LayerKind(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of a `glm_moe_dsa` model. Raises ValueError naming the field when a value makes no sense."""
+    """The architecture of a `glm_moe_dsa` model. Raises ModelConfigError naming every field that makes no sense."""
 
     vocab_size: int
     hidden_size: int
@@ -78,7 +87,7 @@ class ModelConfig:
     sharding: ShardingRules = ShardingRules()
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        self._check(self._numbers())
         for field in DTYPE_FIELDS:
             object.__setattr__(self, field, getattr(getattr(self, field), "__name__", str(getattr(self, field))))
         for field in DERIVED_FIELDS:
@@ -86,7 +95,7 @@ class ModelConfig:
                 object.__setattr__(self, field, self._derived(field))
         for field in ("mlp_layer_types", "indexer_types"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
-        self._check_relations()
+        self._check(self._relations())
 
     def _derived(self, field: str) -> Any:
         """What a field is where it is not given."""
@@ -99,12 +108,14 @@ class ModelConfig:
                 dense = min(self.first_k_dense_replace, self.num_hidden_layers)
                 return ("dense",) * dense + ("sparse",) * (self.num_hidden_layers - dense)
 
-    def _expect(self, ok: bool, field: str, expected: str) -> None:
-        if not ok:
-            raise ValueError(f"ModelConfig.{field}: expected {expected}, found {getattr(self, field)!r}")
+    def _check(self, rules: Iterator[tuple[bool, str, str]]) -> None:
+        faults = tuple(f"ModelConfig.{field}: expected {expected}, found {getattr(self, field)!r}"
+                       for ok, field, expected in rules if not ok)
+        if faults:
+            raise ModelConfigError(faults)
 
-    def _check_numbers(self) -> None:
-        expect = self._expect
+    # What must hold, field by field, and what is expected; numbers come before what compares them.
+    def _numbers(self) -> Iterator[tuple[bool, str, str]]:
         positive = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "moe_intermediate_size",
                     "n_routed_experts", "num_experts_per_tok", "num_attention_heads", "q_lora_rank", "kv_lora_rank",
                     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim",
@@ -112,37 +123,40 @@ class ModelConfig:
                     "query_chunk", "mtp_unroll")
         for field in positive:
             value = getattr(self, field)
-            expect(isinstance(value, int) and not isinstance(value, bool) and value > 0, field, "a positive integer")
-        for field in ("rope_theta", "rms_norm_eps", "latent_norm_eps", "routed_scaling_factor"):
+            yield isinstance(value, int) and not isinstance(value, bool) and value > 0, field, "a positive integer"
+        for field in ("rope_theta", "rms_norm_eps", "latent_norm_eps", "routed_scaling_factor", "initializer_range"):
             value = getattr(self, field)
             absent = value is None and field in DERIVED_FIELDS
-            expect(absent or isinstance(value, (int, float)) and value > 0, field, "a positive number")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            yield absent or number and 0 < value < math.inf, field, "a positive number"
         for field in ("first_k_dense_replace", "dense_attention_max_len"):
             value = getattr(self, field)
-            expect(isinstance(value, int) and value >= 0, field, "an integer, 0 or more")
+            yield (isinstance(value, int) and not isinstance(value, bool) and value >= 0, field,
+                   "an integer, 0 or more")
+        for field in ("norm_topk_prob", "attention_bias", "tie_word_embeddings"):
+            yield isinstance(getattr(self, field), bool), field, "True or False"
 
-    def _check_relations(self) -> None:
-        expect = self._expect
-        expect(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number (rotary pairs)")
-        expect(self.index_head_dim >= self.qk_rope_head_dim, "index_head_dim",
+    def _relations(self) -> Iterator[tuple[bool, str, str]]:
+        yield self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number (rotary pairs)"
+        yield (self.index_head_dim >= self.qk_rope_head_dim, "index_head_dim",
                f"at least qk_rope_head_dim = {self.qk_rope_head_dim}")
-        expect(self.n_routed_experts % self.n_group == 0, "n_group",
+        yield (self.n_routed_experts % self.n_group == 0, "n_group",
                f"a divisor of n_routed_experts = {self.n_routed_experts}")
         group = self.n_routed_experts // self.n_group
-        expect(self.n_group == 1 or group >= 2, "n_group", "groups of at least two experts")
-        expect(self.topk_group <= self.n_group, "topk_group", f"at most n_group = {self.n_group}")
-        expect(self.num_experts_per_tok <= self.topk_group * group, "num_experts_per_tok",
+        yield self.n_group == 1 or group >= 2, "n_group", "groups of at least two experts"
+        yield self.topk_group <= self.n_group, "topk_group", f"at most n_group = {self.n_group}"
+        yield (self.num_experts_per_tok <= self.topk_group * group, "num_experts_per_tok",
                f"at most the {self.topk_group * group} experts of topk_group = {self.topk_group} groups")
         for field, known in (("mlp_layer_types", ("dense", "sparse")), ("indexer_types", ("full", "shared"))):
             value = getattr(self, field)
-            expect(len(value) == self.num_hidden_layers and set(value) <= set(known), field,
+            yield (len(value) == self.num_hidden_layers and set(value) <= set(known), field,
                    f"one of {known} for each of {self.num_hidden_layers} layers")
-        expect(self.indexer_types[0] == "full", "indexer_types", "'full' first: layer 0 has no selection to share")
-        expect(self.num_nextn_predict_layers in (0, 1), "num_nextn_predict_layers",
+        yield self.indexer_types[:1] != ("shared",), "indexer_types", "'full' first: layer 0 has no selection to share"
+        yield (self.num_nextn_predict_layers in (0, 1), "num_nextn_predict_layers",
                "0 or 1 (one layer, shared by all steps)")
-        expect(self.remat in ("none", "full", "dots"), "remat", "'none', 'full' or 'dots'")
+        yield self.remat in ("none", "full", "dots"), "remat", "'none', 'full' or 'dots'"
         for field in DTYPE_FIELDS:
-            expect(getattr(self, field) in ("float32", "bfloat16"), field, "'float32' or 'bfloat16'")
+            yield getattr(self, field) in ("float32", "bfloat16"), field, "'float32' or 'bfloat16'"
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
