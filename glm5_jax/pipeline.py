@@ -3,10 +3,10 @@
 import contextlib
 import dataclasses
 import difflib
+import importlib.resources
 import json
 import math
 import pathlib
-import shutil
 import time
 import typing
 from typing import Any, Mapping, Sequence
@@ -241,7 +241,7 @@ def run(job: Job, rundir: RunDir) -> dict[str, Any]:
 
     after = bits_per_byte(job, state.params, held_out_rows, held_out_bytes)
     export = rundir.path / "hf"
-    params = export_and_reload(export, job.model, state.params)
+    params = export_and_reload(export, job.model, state.params, tokenizer)
     completion = complete(job, params, tokenizer)
     _say(f"One completion, temperature {job.sample.temperature:g}:\n---\n{job.sample.prompt}{completion}\n---")
     rows = report.read_rows(rundir.metrics)
@@ -304,13 +304,14 @@ def bits_per_byte(job: Job, params: Any, rows: Batch, text_bytes: int) -> float:
     return value
 
 
-def export_and_reload(directory: pathlib.Path, config: ModelConfig, params: Any) -> Any:
-    """Writes the released layout and returns the parameters that reading it back gives.
+def export_and_reload(directory: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Tokenizer) -> Any:
+    """Writes the released layout, with the packaged tokenizer, and returns the parameters that reading it back gives.
 
     Raises RuntimeError naming the parameter or the field of the config that came back different.
     """
-    shutil.rmtree(directory, ignore_errors=True)
-    released.save_hf(directory, config, params)
+    ids = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.eos_id}
+    with importlib.resources.as_file(importlib.resources.files("glm5_jax.text") / "assets" / "tokenizer.json") as file:
+        released.save_hf(directory, config, params, fields=ids, companions=[file])
     reloaded_config, reloaded = released.load_hf(directory)
     for field in dataclasses.fields(ModelConfig):
         ours, theirs = getattr(config, field.name), getattr(reloaded_config, field.name)

@@ -12,9 +12,10 @@ import pytest
 
 from glm5_jax import __main__ as command
 from glm5_jax import pipeline
-from glm5_jax.checkpoint import released
+from glm5_jax.checkpoint import released, sources
 from glm5_jax.core.rundir import RunDir
 from glm5_jax.model import transformer
+from glm5_jax.text.tokenizer import Tokenizer
 from glm5_jax.train import loop, report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -73,16 +74,23 @@ def test_the_main_job_leaves_what_it_promises(finished):
 def test_the_export_is_the_trained_model(finished):
     config, params = released.load_hf(finished[0] / "hf")
     assert (config.num_hidden_layers, config.vocab_size) == (2, 4096)
-    pipeline.export_and_reload(finished[0].parent / "again", config, params)
+    again = finished[0].parent / "again"
+    pipeline.export_and_reload(again, config, params, Tokenizer.packaged())
+    assert Tokenizer.load(again).encode("def") == Tokenizer.packaged().encode("def")
+    fields = json.loads((again / "config.json").read_text())
+    assert fields["pad_token_id"] == Tokenizer.packaged().eos_id in fields["eos_token_id"]
+    exported = sources.open_source(finished[0])  # the run itself, as a checkpoint
+    assert exported.config.replace(dtype=config.dtype) == config
+    jax.tree.map(np.testing.assert_array_equal, exported.load(), params)
 
 
 @pytest.fixture
 def reread(monkeypatch, tmp_path):
     """The export's check of a model against what reading it back is made to give."""
     def check(config, params, read_config, read_params):
-        monkeypatch.setattr(pipeline.released, "save_hf", lambda *_: None)
+        monkeypatch.setattr(pipeline.released, "save_hf", lambda *_, **options: None)
         monkeypatch.setattr(pipeline.released, "load_hf", lambda _: (read_config, read_params))
-        return pipeline.export_and_reload(tmp_path / "hf", config, params)
+        return pipeline.export_and_reload(tmp_path / "hf", config, params, Tokenizer.packaged())
 
     return check
 

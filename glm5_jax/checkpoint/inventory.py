@@ -11,7 +11,7 @@ _MODULES = (
     ("optimiser and step", r"^(?!model\.|lm_head|params/)"),
     ("multi-token prediction", r"^params/mtp/"),
     ("indexer", r"indexer"),
-    ("routed experts", r"experts?[./](?!.*shared)|moe/experts"),
+    ("routed experts", r"mlp\.experts\.|moe/experts/"),
     ("shared experts", r"shared_experts|moe/shared"),
     ("router", r"mlp\.gate\.|moe/router"),
     ("attention", r"self_attn|/attention/"),

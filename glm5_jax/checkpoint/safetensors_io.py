@@ -82,8 +82,8 @@ def open_directory(directory: str | os.PathLike[str]) -> Reader:
             continue
         for tensor, offset in found:
             if weight_map is not None and weight_map.get(tensor.name) != file:
-                faults.append(f"{directory / file}: tensor {short(tensor.name)}: expected in the index under this file, found "
-                              f"{weight_map.get(tensor.name, 'nothing')!r} there; write the index anew")
+                faults.append(f"{directory / file}: tensor {short(tensor.name)}: expected in the index under this file,"
+                              f" found {weight_map.get(tensor.name, 'nothing')!r} there; write the index anew")
             tensors[tensor.name], places[tensor.name] = tensor, (directory / file, offset)
     if weight_map is not None and not faults:
         faults += [f"{directory / INDEX}: tensor {short(name)}: expected in {file}, found nothing there; write the "

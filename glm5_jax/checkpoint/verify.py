@@ -97,5 +97,6 @@ def _run(source: Source, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarra
     config = source.config.replace(dtype="float32")
     params: Any = source.load()
     output = forward(params, config, jnp.asarray(tokens)[None], collect=("hidden",))
-    layers = [np.asarray(output.collected[f"hidden/{i}"][0]) for i in range(config.num_hidden_layers + 1)]
+    names = [*range(config.num_hidden_layers), "final_norm"]
+    layers = [np.asarray(output.collected[f"hidden/{name}"][0]) for name in names]
     return np.asarray(output.logits[0]), layers
