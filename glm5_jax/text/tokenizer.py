@@ -1,6 +1,8 @@
 """Text to token ids and back, for any GLM `tokenizer.json` and for the small one packaged here."""
 
+import codecs
 import dataclasses
+import functools
 import importlib.resources
 import json
 import os
@@ -85,6 +87,15 @@ class Tokenizer:
         encoder = self.marked if specials else self.plain
         return encoder.encode(text, add_special_tokens=False).ids
 
+    def encode_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, start, end) for each token of `encode(text)`: the code points of `text` that the token is a part of.
+
+        The tokens that share one character all name it. Raises ValueError as `encode`.
+        """
+        text.encode("utf-8")
+        encoding = self.plain.encode(text, add_special_tokens=False)
+        return [(id, start, end) for id, (start, end) in zip(encoding.ids, encoding.offsets)]
+
     def decode(self, ids: Iterable[int], *, skip_specials: bool = False) -> str:
         """Text of `ids` (any integers, a numpy row too), the inverse of `encode`; `skip_specials` leaves specials out.
 
@@ -99,6 +110,25 @@ class Tokenizer:
             hidden = set(self.specials.values())
             row = [id for id in row if id not in hidden]
         return self.marked.decode(row, skip_special_tokens=False)
+
+    def bytes_of(self, id: int) -> bytes:
+        """The UTF-8 bytes, perhaps of a part of a character only, that `id` stands for.
+
+        Raises ValueError for an id outside the vocabulary, and for a vocabulary that is not byte-level.
+        """
+        token = self.marked.id_to_token(id) if 0 <= id < self.vocab_size else None
+        if token is None:
+            raise ValueError(f"bytes_of: expected an id in 0..{self.vocab_size - 1}, found {id}")
+        if not isinstance(self.marked.decoder, tokenizers.decoders.ByteLevel):
+            raise ValueError(f"decoder: expected a ByteLevel one, as GLM tokenizers have; found {self.marked.decoder}")
+        byte_of = _byte_alphabet()
+        # An added token may be spelled with letters outside the alphabet, and then stands for itself.
+        known = all(letter in byte_of for letter in token)
+        return bytes(byte_of[letter] for letter in token) if known else token.encode("utf-8")
+
+    def stream(self) -> "Detokenizer":
+        """A detokenizer to feed ids as they are sampled."""
+        return Detokenizer(self)
 
     @property
     def vocab_size(self) -> int:
@@ -120,3 +150,32 @@ class Tokenizer:
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a completion: `<|endoftext|>`, `<|user|>`, `<|observation|>`."""
         return tuple(self.id_of(token) for token in STOP_TOKENS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Detokenizer:
+    """Incremental `decode`: text as soon as its characters are whole. A value: feeding it returns the next one.
+
+    The texts that `feed` returns, and then the one of `close`, together are the `decode` of all ids.
+    """
+
+    tokenizer: Tokenizer
+    held: bytes = b""  # the first bytes of a character still to be finished, three at most
+
+    def feed(self, ids: Iterable[int]) -> tuple[str, "Detokenizer"]:
+        """Text that became certain with `ids`, and the detokenizer behind them; raises ValueError as `bytes_of`."""
+        data = self.held + b"".join(self.tokenizer.bytes_of(int(id)) for id in ids)
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        return text, Detokenizer(self.tokenizer, data[used:])
+
+    def close(self) -> str:
+        """U+FFFD if a character was left unfinished, else nothing."""
+        return self.held.decode("utf-8", "replace")
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """The letter that spells each byte in a byte-level vocabulary: printable Latin-1 itself, the rest from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + rank): byte for rank, byte in enumerate(others)}

@@ -187,3 +187,79 @@ def test_text_never_imports_jax():
     code = "import sys; sys.modules['jax'] = None; from glm5_jax.text import tokenizer; " \
            "t = tokenizer.Tokenizer.packaged(); assert t.decode(t.encode('ok')) == 'ok'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(st.one_of(st.lists(st.integers(0, 4095), max_size=12), st.lists(st.integers(0, 255), max_size=12)), st.data())
+def test_streamed_text_is_the_decoded_text(tokenizer, ids, data):
+    """Any ids, bytes that are no UTF-8 too (the first 256 are the single bytes), in any portions."""
+    letters, texts, begin = tokenizer.stream(), [], 0
+    for cut in sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=4))) + [len(ids)]:
+        text, letters = letters.feed(ids[begin:cut])
+        texts.append(text)
+        begin = cut
+    assert "".join(texts) + letters.close() == tokenizer.decode(ids)
+    assert len(letters.held) <= 3
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(st.lists(pieces, max_size=6).map("".join))
+def test_a_stream_never_splits_a_character(tokenizer, text):
+    letters, texts = tokenizer.stream(), []
+    for id in tokenizer.encode(text, specials=True):
+        piece, letters = letters.feed([id])
+        texts.append(piece)
+    assert "".join(texts) == text and letters.close() == ""
+
+
+def test_a_stream_gives_a_character_with_its_last_byte(tokenizer):
+    ids = tokenizer.encode("a🏳b")
+    letters, texts = tokenizer.stream(), []
+    for id in ids:
+        piece, letters = letters.feed([id])
+        texts.append(piece)
+    assert texts == ["a", *[""] * (len(ids) - 3), "🏳", "b"]
+    _, cut = tokenizer.stream().feed(ids[:2])
+    assert cut.close() == tokenizer.decode(ids[1:2]) == "\ufffd"
+
+
+def test_bytes_of_every_id_are_the_bytes_it_decodes_to(tokenizer):
+    for id in range(tokenizer.vocab_size):
+        assert tokenizer.bytes_of(id).decode("utf-8", "replace") == tokenizer.decode([id])
+    for id in (-1, 4096, 2**40):
+        with pytest.raises(ValueError, match=rf"expected an id in 0\.\.4095, found {id}"):
+            tokenizer.bytes_of(id)
+
+
+def test_an_added_token_outside_the_byte_alphabet_streams_as_it_is_spelled(tmp_path):
+    description = json.loads((ASSETS / "tokenizer.json").read_text(encoding="utf-8"))
+    added = [dict(description["added_tokens"][0], id=4096 + rank, content=content)
+             for rank, content in enumerate(["<a token>", "中"])]
+    description["added_tokens"] += added
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    loaded = Tokenizer.load(tmp_path)
+    for id in (4096, 4097):
+        text, letters = loaded.stream().feed([id])
+        assert text + letters.close() == loaded.decode([id])
+
+
+def test_a_vocabulary_that_is_not_byte_level_cannot_stream(tmp_path):
+    description = json.loads((ASSETS / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description | {"decoder": {"type": "Fuse"}}))
+    with pytest.raises(ValueError, match="decoder: expected a ByteLevel one"):
+        Tokenizer.load(tmp_path).stream().feed([0])
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(st.lists(pieces, max_size=6).map("".join))
+def test_spans_of_tokens_cover_the_text(tokenizer, text):
+    spans = tokenizer.encode_spans(text)
+    assert [id for id, _, _ in spans] == tokenizer.encode(text)
+    data = text.encode()
+    position = 0
+    for id, start, end in spans:
+        size = len(tokenizer.bytes_of(id))
+        assert len(text[:start].encode()) <= position and position + size <= len(text[:end].encode())
+        assert end > start
+        position += size
+    assert position == len(data)
