@@ -47,10 +47,18 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def recover(target: str | os.PathLike[str]) -> None:
-    """Puts the former directory back where a process was killed between moving it away and moving the new one in."""
+    """Clears up after a process that was killed while it replaced `target`; one that is still at work is left alone.
+
+    The former directory is put back where the new one had not come in its place, and what was half written is removed.
+    """
     target = pathlib.Path(target).resolve()
+    partial = _partial(target)
     if _former(target).is_dir() and not target.exists():
         os.rename(_former(target), target)
+    if partial.is_dir():
+        with contextlib.suppress(OSError):  # another process holds the lock, or nothing may be written here
+            with _locked(partial, target):
+                shutil.rmtree(partial)
 
 
 def _partial(target: pathlib.Path) -> pathlib.Path:

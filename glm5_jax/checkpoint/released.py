@@ -57,7 +57,7 @@ class Released:
 def open_released(directory: str | os.PathLike[str], *, dtype: str | None = None,
                   latent_norm_eps: float | None = None) -> Released:
     """Reads config and headers; raises CheckpointError (ConfigError for the config alone) naming every fault."""
-    directory = pathlib.Path(directory)
+    directory, dtype = pathlib.Path(directory), dtype and jnp.dtype(dtype).name
     atomic.recover(directory)
     where, config, reader = str(directory / CONFIG), None, None
     faults: list[str] = []
