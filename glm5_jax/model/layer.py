@@ -10,8 +10,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from glm5_jax.core import masked
 from glm5_jax.core.mesh import constrain
+from glm5_jax.core.metrics import Mean
 from glm5_jax.model import dsa, mla, moe
 from glm5_jax.model.cache import put_layer
 from glm5_jax.model.config import LayerKind, ModelConfig
@@ -108,7 +108,7 @@ def apply(params: Params, config: ModelConfig, kind: LayerKind, flow: Flow, view
         missing = config.index_topk - flow.selected_BTK.shape[-1]
         report["selected"] = jnp.pad(flow.selected_BTK, ((0, 0), (0, 0), (0, missing)), constant_values=-1)
     if kl_BT is not None:
-        report["indexer_kl"] = masked.masked_mean(kl_BT, view.segment_ids_BT != 0)
+        report["indexer_kl"] = Mean.of(kl_BT, view.segment_ids_BT != 0)
 
     with jax.named_scope("feed_forward"):
         u_BTD = rms_norm(x_BTD, params["post_attention_norm"], config.rms_norm_eps)

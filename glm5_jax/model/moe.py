@@ -9,7 +9,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from glm5_jax.core import masked
+from glm5_jax.core.metrics import Mean
 from glm5_jax.core.params import ParamSpec, with_tags
 from glm5_jax.model.config import ModelConfig
 from glm5_jax.model.primitives import Params, matrix, mlp, mlp_specs
@@ -26,10 +26,15 @@ class Routing:
 
 @struct.dataclass
 class RouterStats:
-    """`load_E` counts the tokens of each expert; `balance_loss` is the sequence-level auxiliary loss."""
+    """`load_E` counts the tokens of each expert; `balance` is the sequence-level auxiliary loss, over sequences."""
 
-    load_E: jax.Array        # int32
-    balance_loss: jax.Array  # float32 []
+    load_E: jax.Array  # int32
+    balance: Mean
+
+    @property
+    def balance_loss(self) -> jax.Array:
+        """The mean over sequences, float32 []; 0 where there are none."""
+        return self.balance.total / jnp.maximum(self.balance.count, 1)
 
 
 def specs(config: ModelConfig) -> Params:
@@ -87,8 +92,8 @@ def apply_experts(params: Params, routing: Routing, x_ND: jax.Array) -> jax.Arra
 def router_stats(config: ModelConfig, routing: Routing, valid_BT: jax.Array) -> RouterStats:
     """Load and balance loss over the valid tokens.
 
-    Per sequence: sum over e of f_e P_e, f_e = E / (A T) * (tokens of e), P_e = mean over t of s_e / sum s; then the
-    mean over sequences. DeepSeek-V3 report, equations 17 to 20.
+    Per sequence: sum over e of f_e P_e, f_e = E / (A T) * (tokens of e), P_e = mean over t of s_e / sum s.
+    DeepSeek-V3 report, equations 17 to 20.
     """
     (rows, length), experts = valid_BT.shape, config.n_routed_experts
     valid = valid_BT.astype(jnp.float32)
@@ -99,7 +104,7 @@ def router_stats(config: ModelConfig, routing: Routing, valid_BT: jax.Array) -> 
     load_BE = chosen_BTE.sum(1)
     frequency_BE = load_BE * experts / (config.num_experts_per_tok * count_B1)
     share_BE = (share_BTE * valid[..., None]).sum(1) / count_B1
-    balance = masked.masked_mean((frequency_BE * share_BE).sum(-1), valid.any(1))
+    balance = Mean.of((frequency_BE * share_BE).sum(-1), valid_BT.any(1))
     return RouterStats(load_BE.sum(0).astype(jnp.int32), balance)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from glm5_jax.core import masked, params as core_params
 from glm5_jax.core.mesh import constrain
+from glm5_jax.core.metrics import Mean
 from glm5_jax.model import layer, moe, mtp, stacks
 from glm5_jax.model.cache import Cache, put, ranks
 from glm5_jax.model.config import ModelConfig
@@ -32,7 +33,9 @@ class Output:
     cache: Cache | None
     mtp_logits: jax.Array | None   # float32 [steps, B, T, V]; step k from 1, row t predicts token t+k+1
     mtp_hidden: jax.Array | None   # [steps, B, T, D]
-    aux: dict[str, jax.Array]      # expert_load [MoE layers, E], balance_loss, index_nan; with MTP: mtp_*
+    # expert_load [MoE layers, E], balance_loss, index_nan. What losses are made of, as sums and counts: balance
+    # [MoE layers] over sequences, indexer_kl [layers] over tokens. With MTP, the same of its steps: mtp_*.
+    aux: dict[str, Any]
     collected: dict[str, jax.Array]
 
 
@@ -106,11 +109,16 @@ def _forward(params: Params, config: ModelConfig, tokens: jax.Array, positions: 
     if cache is not None:
         cache = cache.replace(latents_LBSR=flow.latents_LBSR, index_keys_NBSC=flow.index_keys_NBSC)
 
+    divergences = [reports[i].pop("indexer_kl") for i in sorted(reports) if request.indexer_loss]
     collected = _by_name(reports)
     if "hidden" in request.collect:
         collected["hidden/final_norm"] = hidden
-    aux = {"expert_load": stats.load_E, "balance_loss": masked.masked_mean(stats.balance_loss, jnp.array(True)),
-           "index_nan": flow.index_nan}
+    aux: dict[str, Any] = {
+        "expert_load": stats.load_E, "balance_loss": masked.masked_mean(stats.balance_loss, jnp.array(True)),
+        "balance": stats.balance, "index_nan": flow.index_nan}
+    if request.indexer_loss:
+        aux["indexer_kl"] = jax.tree.map(lambda *layers: jnp.stack(layers), *divergences)
+        collected |= {f"indexer_kl/{i}": kl for i, kl in enumerate(_per_count(aux["indexer_kl"]))}
 
     mtp_logits = mtp_hidden = None
     if before is not None and cache is not None and config.num_nextn_predict_layers:
@@ -131,9 +139,11 @@ def _forward(params: Params, config: ModelConfig, tokens: jax.Array, positions: 
             mtp_logits = unembed(params, config, mtp_hidden)
             aux["mtp_expert_load"] = report["stats"].load_E.sum(0)
             aux["mtp_balance_loss"] = report["stats"].balance_loss.mean()
+            aux["mtp_balance"] = report["stats"].balance
             aux["index_nan"] += report["index_nan"].sum()
             if request.indexer_loss:
-                collected[f"indexer_kl/{config.num_hidden_layers}"] = report["indexer_kl"].mean()
+                aux["mtp_indexer_kl"] = report["indexer_kl"]
+                collected[f"indexer_kl/{config.num_hidden_layers}"] = _per_count(report["indexer_kl"]).mean()
 
     with jax.named_scope("unembed"):
         logits = constrain(unembed(params, config, hidden), "batch", "time", "act_vocab", rules=config.sharding)
@@ -174,7 +184,8 @@ def _run_layers(params: Params, config: ModelConfig, flow: layer.Flow, view: lay
     the MoE layers, stacked in order of depth."""
     indexer_rank = np.cumsum([kind.indexer == "full" for kind in config.layer_kinds]) - 1
     collected: dict[int, dict[str, Any]] = {}
-    no_layer = moe.RouterStats(jnp.zeros((0, config.n_routed_experts), jnp.int32), jnp.zeros(0))
+    nothing = jnp.zeros(0)
+    no_layer = moe.RouterStats(jnp.zeros((0, config.n_routed_experts), jnp.int32), Mean(nothing, nothing))
     stats, depth = [no_layer], [np.zeros(0, int)]
     for segment in stacks.plan(config.layer_kinds):
         def group(flow: layer.Flow, xs: Any, segment: stacks.Segment = segment) -> tuple[layer.Flow, Any]:
@@ -202,6 +213,11 @@ def _layer_body(config: ModelConfig, run: stacks.Run, view: layer.View, request:
         return layer.apply(params, config, run.kind, flow, view, index, indexer, request)
 
     return layer.rematerialised(body, config)
+
+
+def _per_count(mean: Mean) -> jax.Array:
+    """Total over count, 0 where nothing was counted."""
+    return mean.total / jnp.maximum(mean.count, 1)
 
 
 def _by_name(reports: dict[int, dict[str, Any]]) -> dict[str, jax.Array]:

@@ -4,7 +4,7 @@ B batch, T positions, E experts, L layers with experts.
 """
 
 import dataclasses
-from typing import Any, Callable, Literal
+from typing import Any, Callable, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,11 @@ import optax
 from glm5_jax.core import masked
 from glm5_jax.core.batch import Batch
 from glm5_jax.core.metrics import Mean
-from glm5_jax.losses import token
+from glm5_jax.losses import auxiliary, token
 from glm5_jax.model import moe, stacks, transformer
 from glm5_jax.model.config import ModelConfig
+from glm5_jax.optim import schedules
+from glm5_jax.optim.schedules import Schedule
 from glm5_jax.train.state import TrainState, add_tokens, as_float
 
 Metrics = dict[str, Mean]
@@ -25,22 +27,31 @@ Metrics = dict[str, Mean]
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What a step optimises: L = LM + mtp_weight * mean over steps of MTP + balance_weight * balance
-    + indexer_weight * mean over layers of the indexer's KL. Raises ValueError naming the field."""
+    + indexer_weight * mean over indexers of their KL, where LM and MTP are the cross-entropy + z_weight * log_z^2.
+
+    `mtp_weight` and `router_bias_rate` may be schedules over tokens. `loss_chunk` bounds the positions of a row whose
+    logits exist at a time; 0: all. Raises ValueError naming the field.
+    """
 
     mtp_steps: int = 0
-    mtp_weight: float = 0.3
+    mtp_weight: float | Schedule = 0.3
+    z_weight: float = 0.0
     balance_weight: float = 1e-4
     indexer_loss: Literal["dense", "sparse"] | None = "sparse"
     indexer_weight: float = 1.0
-    router_bias_rate: float = 1e-3
+    router_bias_rate: float | Schedule = 1e-3
     max_grad_norm: float = 1.0
+    loss_chunk: int = 0
 
     def __post_init__(self) -> None:
         if self.indexer_loss not in (None, "dense", "sparse"):
             raise ValueError(f"Options.indexer_loss: expected None, 'dense' or 'sparse', found {self.indexer_loss!r}")
-        for field in ("mtp_steps", "mtp_weight", "balance_weight", "indexer_weight", "router_bias_rate"):
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"Options.{field}: expected 0 or more, found {getattr(self, field)!r}")
+        for field in ("mtp_steps", "mtp_weight", "z_weight", "balance_weight", "indexer_weight", "router_bias_rate",
+                      "loss_chunk"):
+            value = getattr(self, field)
+            scheduled = callable(value) and field in ("mtp_weight", "router_bias_rate")
+            if not scheduled and not value >= 0:
+                raise ValueError(f"Options.{field}: expected 0 or more, found {value!r}")
         if not self.max_grad_norm > 0:
             raise ValueError(f"Options.max_grad_norm: expected more than 0, found {self.max_grad_norm!r}")
 
@@ -53,13 +64,14 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     clipping, `expert_load` (of the busiest expert over the mean, mean over layers), `index_nan` and `tokens` per step.
     """
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        tokens_seen = as_float(state.tokens_seen)
         gradient = jax.value_and_grad(_objective, has_aux=True)
-        (_, (metrics, aux)), grads = gradient(state.params, config, options, batch, _counts(batch, options))
+        (_, (metrics, aux)), grads = gradient(state.params, config, options, batch, _counts(batch, options),
+                                              schedules.at(options.mtp_weight, tokens_seen))
         grads, norm = clip(grads, options.max_grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params,
-                                              tokens_seen=as_float(state.tokens_seen))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, tokens_seen=tokens_seen)
         params = optax.apply_updates(state.params, updates)
-        params = balance(params, config, aux, options.router_bias_rate)
+        params = balance(params, config, aux, schedules.at(options.router_bias_rate, tokens_seen))
         tokens = jnp.sum(batch.segment_ids != 0, dtype=jnp.int32)
         metrics |= {"grad_norm": Mean.of(norm), "tokens": Mean.of(tokens)}
         return TrainState(state.step + 1, params, opt_state, add_tokens(state.tokens_seen, tokens)), metrics
@@ -67,12 +79,13 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(config: ModelConfig) -> Callable[[Any, Batch], Mean]:
+def make_eval_step(config: ModelConfig, loss_chunk: int = 0) -> Callable[[Any, Batch], Mean]:
     """The jitted evaluation of parameters on a batch: nats summed over its predicted tokens, and how many they are."""
     def eval_step(params: Any, batch: Batch) -> Mean:
         output = transformer.forward(params, config, batch.tokens, positions=batch.positions,
                                      segment_ids=batch.segment_ids)
-        return Mean.of(token.cross_entropy(output.logits, batch.targets), batch.weights)
+        nats, _ = _cross_entropy(params, config, output.hidden, batch.targets, loss_chunk)
+        return Mean.of(nats, batch.weights)
 
     return jax.jit(eval_step)
 
@@ -84,7 +97,7 @@ def clip(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), norm
 
 
-def balance(params: Any, config: ModelConfig, aux: dict[str, jax.Array], rate: float) -> Any:
+def balance(params: Any, config: ModelConfig, aux: dict[str, Any], rate: float | jax.Array) -> Any:
     """The parameters with each router's correction bias moved by the load that its own layer had."""
     rank = np.cumsum([kind.mlp == "sparse" for kind in config.layer_kinds]) - 1
     layers = dict(params["layers"])
@@ -98,47 +111,75 @@ def balance(params: Any, config: ModelConfig, aux: dict[str, jax.Array], rate: f
     return params
 
 
-def _moved(layer: Any, load_E: jax.Array, rate: float) -> Any:
+def _moved(layer: Any, load_E: jax.Array, rate: float | jax.Array) -> Any:
     bias = moe.updated_bias(layer["moe"]["router_bias"], load_E, rate)
     return {**layer, "moe": {**layer["moe"], "router_bias": bias}}
 
 
-def _predictions(batch: Batch, options: Options) -> list[tuple[jax.Array, jax.Array]]:
-    """Targets and weights of the trunk and of each MTP step."""
-    return [token.future_targets(batch.targets, batch.segment_ids, batch.weights, k)
+def _cross_entropy(params: Any, config: ModelConfig, hidden: jax.Array, targets: jax.Array, chunk: int
+                   ) -> tuple[jax.Array, jax.Array]:
+    """Nats and log-normalisers by the model's output head."""
+    tied = config.tie_word_embeddings
+    with jax.named_scope("unembed"):
+        return token.projected_cross_entropy(hidden, params["embedding" if tied else "head"], targets, tied=tied,
+                                             chunk=chunk or None)
+
+
+def _predictions(batch: Batch, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Targets and weights [1 + steps, B, T] of the trunk and of each MTP step."""
+    each = [token.future_targets(batch.targets, batch.segment_ids, batch.weights, k)
             for k in range(options.mtp_steps + 1)]
+    targets, weights = (jnp.stack(x) for x in zip(*each))
+    return targets, weights
 
 
-def _counts(batch: Batch, options: Options) -> list[jax.Array]:
-    """What the sums of the trunk and of each MTP step are divided by: the weight of the whole global batch."""
-    return [jnp.maximum(jnp.sum(weights), 1e-30) for _, weights in _predictions(batch, options)]
+class Counts(NamedTuple):
+    """What sums are divided by, all of the whole global batch, of trunk and MTP steps, float32 [1 + steps] each."""
+
+    weight: jax.Array
+    tokens: jax.Array
+    rows: jax.Array
 
 
-def _objective(params: Any, config: ModelConfig, options: Options, batch: Batch, counts: list[jax.Array]
-               ) -> tuple[jax.Array, tuple[Metrics, dict[str, jax.Array]]]:
+def _counts(batch: Batch, options: Options) -> Counts:
+    _, weights = _predictions(batch, options)
+    return Counts(jnp.maximum(weights.sum((1, 2)), 1e-30), *auxiliary.counts(batch.segment_ids, options.mtp_steps))
+
+
+def _objective(params: Any, config: ModelConfig, options: Options, batch: Batch, counts: Counts,
+               mtp_weight: jax.Array) -> tuple[jax.Array, tuple[Metrics, dict[str, Any]]]:
+    """The loss of a batch, or the part of it that a micro-batch adds, if `counts` are those of the whole."""
+    steps = options.mtp_steps
     output = transformer.forward(params, config, batch.tokens, positions=batch.positions,
-                                 segment_ids=batch.segment_ids, mtp_steps=options.mtp_steps,
-                                 indexer_loss=options.indexer_loss)
-    every_logits = [output.logits, *(() if output.mtp_logits is None else output.mtp_logits)]
-    names = ["lm_loss", *(f"mtp_loss/{k}" for k in range(1, options.mtp_steps + 1))]
-    factors = [1.0] + [options.mtp_weight / max(options.mtp_steps, 1)] * options.mtp_steps
-    loss, metrics = jnp.zeros(()), {}
-    for name, factor, logits, (targets, weights), count in zip(
-            names, factors, every_logits, _predictions(batch, options), counts):
-        nats = masked.masked_sum(token.cross_entropy(logits, targets), weights)
-        loss += factor * nats / count
-        metrics[name] = Mean(nats, jnp.sum(weights))
+                                 segment_ids=batch.segment_ids, mtp_steps=steps, indexer_loss=options.indexer_loss)
+    aux = output.aux
+    hidden = output.hidden[None] if output.mtp_hidden is None else jnp.concatenate([output.hidden[None],
+                                                                                    output.mtp_hidden])
+    targets, weights = _predictions(batch, options)
+    nats, log_z = _cross_entropy(params, config, hidden, targets, options.loss_chunk)
+    sums = masked.masked_sum(nats, weights, axis=(1, 2))
+    penalised = sums + options.z_weight * masked.masked_sum(token.z_loss(log_z), weights, axis=(1, 2))
+    loss = penalised[0] / counts.weight[0]
+    loss += mtp_weight * jnp.sum(penalised[1:] / counts.weight[1:]) / max(steps, 1)
+    names = ["lm_loss", *(f"mtp_loss/{k}" for k in range(1, steps + 1))]
+    metrics = {name: Mean(sums[k], weights[k].sum()) for k, name in enumerate(names)}
 
-    balance_loss = output.aux["balance_loss"] + output.aux.get("mtp_balance_loss", 0.0)
+    balance_loss = auxiliary.balance_loss(aux["balance"].total, counts.rows[0])
+    if steps:
+        balance_loss += auxiliary.balance_loss(aux["mtp_balance"].total, counts.rows[1:])
     loss += options.balance_weight * balance_loss
-    divergences = [value for name, value in output.collected.items() if name.startswith("indexer_kl/")]
-    if divergences:
-        indexer_kl = jnp.mean(jnp.stack(divergences))
+    if options.indexer_loss:
+        divergence, tokens = aux["indexer_kl"].total, jnp.repeat(counts.tokens[0], config.num_hidden_layers)
+        if steps:
+            divergence = jnp.concatenate([divergence, aux["mtp_indexer_kl"].total])
+            tokens = jnp.concatenate([tokens, counts.tokens[1:]])
+        groups = auxiliary.index_groups([kind == "full" for kind in config.indexer_types], steps)
+        indexer_kl = auxiliary.indexer_loss(divergence, tokens, groups)
         loss += options.indexer_weight * indexer_kl
         metrics["indexer_kl"] = Mean.of(indexer_kl)
 
-    load_LE = output.aux["expert_load"].astype(jnp.float32)
+    load_LE = aux["expert_load"].astype(jnp.float32)
     metrics |= {"loss": Mean.of(loss), "balance_loss": Mean.of(balance_loss),
                 "expert_load": Mean.of(load_LE.max(-1) / jnp.maximum(load_LE.mean(-1), 1e-30)),
-                "index_nan": Mean.of(output.aux["index_nan"])}
-    return loss, (metrics, output.aux)
+                "index_nan": Mean.of(aux["index_nan"])}
+    return loss, (metrics, aux)

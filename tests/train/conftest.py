@@ -21,7 +21,7 @@ def config() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def optimizer(config):
-    return partition.build(transformer.param_specs(config), learning_rate=1e-2)
+    return partition.build(transformer.param_specs(config), learning_rate=1e-2, optimizer="adamw")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from glm5_jax.model import transformer
-from glm5_jax.optim import partition
+from glm5_jax.optim import partition, schedules
 from glm5_jax.train import state as train_state, step as train_step
 
 OPTIONS = train_step.Options(mtp_steps=2, mtp_weight=0.3, balance_weight=0.1, indexer_loss="sparse",
@@ -54,13 +54,21 @@ def small_params(small):
 @pytest.fixture(scope="module")
 def start(small, small_params):
     """A new state, of which a step may dispose, and the step."""
-    optimizer = partition.build(transformer.param_specs(small), learning_rate=1e-2)
-    step = train_step.make_train_step(small, optimizer, ONE_MTP_STEP)
+    optimizer = partition.build(transformer.param_specs(small), learning_rate=1e-2, optimizer="adamw")
+    options = dataclasses.replace(ONE_MTP_STEP, mtp_weight=schedules.linear(0.3, 0.1, total=1e3),
+                                  router_bias_rate=schedules.staged({0: 0.01, 20: 0.25}))
+    step = train_step.make_train_step(small, optimizer, options)
     return lambda: train_state.from_params(jax.tree.map(jnp.copy, small_params), optimizer), step
 
 
 def is_indexer(path):
     return "indexer" in jax.tree_util.keystr(path)
+
+
+def only(batch, rows):
+    """The batch with every other row empty."""
+    kept = np.isin(np.arange(len(batch.tokens)), rows)
+    return jax.tree.map(lambda x: np.where(kept[:, None], x, 0), batch)
 
 
 @pytest.mark.slow
@@ -116,7 +124,8 @@ def test_gradients_of_the_indexer_and_of_the_rest_do_not_mix(small, small_params
     def gradient(params, rest, divergence):
         def weighted(params):
             loss, (metrics, _) = train_step._objective(params, small, ONE_MTP_STEP, batch,
-                                                       train_step._counts(batch, ONE_MTP_STEP))
+                                                       train_step._counts(batch, ONE_MTP_STEP),
+                                                       ONE_MTP_STEP.mtp_weight)
             kl = metrics["indexer_kl"].total
             return rest * (loss - OPTIONS.indexer_weight * kl) + divergence * kl
         return jax.grad(weighted)(params)
@@ -126,6 +135,28 @@ def test_gradients_of_the_indexer_and_of_the_rest_do_not_mix(small, small_params
         assert np.any(kl) == is_indexer(path), path
         moved_by_gradient = not is_indexer(path) and "router_bias" not in jax.tree_util.keystr(path)
         assert np.any(rest) == moved_by_gradient, path
+
+
+@pytest.mark.slow
+def test_micro_batches_and_chunks_add_up_to_the_batch(small, small_params, batch):
+    """Parts with other numbers of tokens, sequences and labels: loss and gradient are those of the whole, in one piece.
+
+    The two layers share an index: their indexer counts as much as that of the MTP layer.
+    """
+    config = small.replace(indexer_types=("full", "shared"))
+    params = {**small_params, "layers": transformer.init(config, jax.random.key(1))["layers"]}
+    whole, parts = (dataclasses.replace(ONE_MTP_STEP, z_weight=0.01, loss_chunk=chunk) for chunk in (0, 5))
+    counts = train_step._counts(batch, whole)
+    gradient = jax.jit(jax.value_and_grad(train_step._objective, has_aux=True), static_argnums=(1, 2))
+    (loss, (metrics, aux)), grads = gradient(params, config, whole, batch, counts, 0.3)
+    kl = [float(each) for name in ("indexer_kl", "mtp_indexer_kl") for each in aux[name].value()]
+    assert float(metrics["indexer_kl"].value()) == pytest.approx((np.mean(kl[:2]) + kl[2]) / 2, rel=1e-5)
+
+    (first, _), first_grads = gradient(params, config, parts, only(batch, [0, 1]), counts, 0.3)
+    (second, _), second_grads = gradient(params, config, parts, only(batch, [2]), counts, 0.3)
+    assert float(first + second) == pytest.approx(float(loss), rel=1e-5)
+    jax.tree.map(lambda a, b, both: np.testing.assert_allclose(a + b, both, rtol=1e-3, atol=2e-6),
+                 first_grads, second_grads, grads)
 
 
 def test_the_state_moves_on_and_is_donated(start, small_params, batch):
@@ -164,10 +195,22 @@ def test_evaluation_counts_predicted_tokens_alone(config, params, batch):
     found = evaluate(params, batch)
     assert found.count == batch.weights.sum()
     assert float(found.value()) == pytest.approx(np.log(128), rel=0.05)
-    parts = [evaluate(params, jax.tree.map(lambda x: np.where(kept[:, None], x, 0), batch))
-             for kept in np.array([[True, True, False], [False, False, True]])]
+    parts = [evaluate(params, only(batch, rows)) for rows in ([0, 1], [2])]
     assert sum(part.count for part in parts) == found.count
     assert float(sum(part.total for part in parts)) == pytest.approx(float(found.total), rel=1e-5)
+
+
+def test_numbers_may_be_schedules_over_tokens(start, batch):
+    begin, step = start
+    state = begin()
+    for weight, rate in ((0.3, 0.01), (0.3 - 0.2 * (batch.segment_ids != 0).sum() / 1e3, 0.25)):
+        before = np.asarray(state.params["layers"]["0"]["moe"]["router_bias"])
+        state, metrics = step(state, batch)
+        value = {name: float(metric.value()) for name, metric in metrics.items()}
+        assert value["loss"] == pytest.approx(value["lm_loss"] + weight * value["mtp_loss/1"]
+                                              + 0.5 * value["indexer_kl"] + 0.1 * value["balance_loss"], rel=1e-6)
+        moved = state.params["layers"]["0"]["moe"]["router_bias"] - before
+        assert np.abs(moved).max() == pytest.approx(rate, rel=1e-5)
 
 
 def test_options_name_the_field():
@@ -175,5 +218,7 @@ def test_options_name_the_field():
         train_step.Options(indexer_loss="both")
     with pytest.raises(ValueError, match="Options.mtp_weight: expected 0 or more, found -1"):
         train_step.Options(mtp_weight=-1)
+    with pytest.raises(ValueError, match="Options.loss_chunk: expected 0 or more, found -4"):
+        train_step.Options(loss_chunk=-4)
     with pytest.raises(ValueError, match="Options.max_grad_norm"):
         train_step.Options(max_grad_norm=0)
