@@ -1,5 +1,6 @@
 """Runs one stage: batches in; progress, metrics and checkpoints out. Stops cleanly and resumes exactly."""
 
+import collections
 import contextlib
 import dataclasses
 import signal
@@ -32,15 +33,29 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Cadence:
-    """Every how many steps metrics are written and a checkpoint is saved."""
+    """Every how many steps metrics are written, a checkpoint is saved, and the state is evaluated (0: never); and how
+    many steps skipped in a row are too many."""
 
     log_every: int
     save_every: int
+    eval_every: int = 0
+    most_skips: int = 10
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"Cadence.{field.name}: expected at least 1, found {getattr(self, field.name)}")
+            least = 0 if field.name == "eval_every" else 1
+            if getattr(self, field.name) < least:
+                raise ValueError(f"Cadence.{field.name}: expected at least {least}, found {getattr(self, field.name)}")
+
+
+class Diverged(Exception):
+    """So many steps in a row were skipped that going on makes no sense."""
+
+    def __init__(self, step: int, in_row: int, reasons: Mapping[str, float]):
+        found = ", ".join(f"{reason} in {count:g}" for reason, count in reasons.items() if count)
+        super().__init__(f"step {step}: the last {in_row} steps were all skipped ({found}); the parameters are those "
+                         f"before them. Look at the data and the learning rate, and resume from the last checkpoint")
+        self.step, self.in_row = step, in_row
 
 
 class Interrupted(Exception):
@@ -52,17 +67,21 @@ class Interrupted(Exception):
 
 
 def run(state: TrainState, train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], batches: Batches, *,
-        until: int, cadence: Cadence, store: Store, writer: core_metrics.Writer, name: str = "train") -> TrainState:
+        until: int, cadence: Cadence, store: Store, writer: core_metrics.Writer, name: str = "train",
+        evaluate: Callable[[TrainState], Mapping[str, float]] | None = None) -> TrainState:
     """Trains until `until` steps are done in all, those before this call included; `state` is donated.
 
     A metrics row holds the means since the row before, and `tokens_per_second` without the first step, which compiles.
     Rows and checkpoints come as `cadence` says and at the end; every checkpoint has its row. On SIGINT or SIGTERM the
-    step at hand is finished and saved, and `Interrupted` is raised; on a second one KeyboardInterrupt, at once.
+    step at hand is finished and saved, and `Interrupted` is raised; on a second one KeyboardInterrupt, at once. What
+    `evaluate` says of the state every so many steps joins the row. Raises Diverged where `cadence.most_skips` steps in
+    a row were skipped.
     """
     done = int(state.step)
     if done >= until:
         return state
     window: list[Metrics] = []
+    recent: collections.deque[Metrics] = collections.deque(maxlen=cadence.most_skips)
     clock: float | None = None
     timed = 0
     with _signals() as received, _Progress(name, done, until) as progress:
@@ -72,15 +91,23 @@ def run(state: TrainState, train_step: Callable[[TrainState, Batch], tuple[Train
             timed += clock is not None
             jax.block_until_ready(window[-1] if window and clock else metrics)  # the host runs at most one step ahead
             clock = clock or time.perf_counter()
+            if recent:
+                _check_skips(done - 1, recent)
             window.append(metrics)
+            recent.append(metrics)
             progress.advance()
             stopping = bool(received)
             saving = done % cadence.save_every == 0 or done == until or stopping
-            if saving or done % cadence.log_every == 0:
+            evaluating = evaluate is not None and cadence.eval_every > 0 and (
+                done % cadence.eval_every == 0 or done == until)
+            if saving or evaluating or done % cadence.log_every == 0:
                 values = core_metrics.collect(core_metrics.merge(*window))
                 now = time.perf_counter()
                 if timed:
                     values["tokens_per_second"] = values["tokens"] * timed / (now - clock)
+                if evaluating and evaluate is not None:
+                    values |= evaluate(state)
+                    now = time.perf_counter()
                 window, clock, timed = [], now, 0
                 writer.write(done, values)
                 progress.write(done, values)
@@ -88,6 +115,7 @@ def run(state: TrainState, train_step: Callable[[TrainState, Batch], tuple[Train
                 store.save(done, state, {"batches": batches.get_state()})
             if stopping or (received and done == until):
                 raise Interrupted(received[0], done)
+        _check_skips(done, recent)
     return state
 
 
@@ -102,6 +130,15 @@ def resume(store: Store, target: TrainState, batches: Batches) -> TrainState | N
     state, extra = store.restore(step, target)
     batches.set_state(extra["batches"])
     return state
+
+
+def _check_skips(step: int, recent: collections.deque[Metrics]) -> None:
+    """Raises Diverged where the newest `recent.maxlen` steps were all skipped."""
+    in_row = recent[-1].get("skipped_in_row")
+    if in_row is not None and recent.maxlen is not None and float(in_row.total) >= recent.maxlen:
+        counts = {name.removeprefix("skipped/"): sum(float(metrics[name].total) for metrics in recent)
+                  for name in recent[-1] if name.startswith("skipped/")}
+        raise Diverged(step, int(in_row.total), counts)
 
 
 @contextlib.contextmanager

@@ -11,13 +11,14 @@ import optax
 from glm5_jax.core import mesh as core_mesh, params as core_params
 from glm5_jax.model import transformer
 from glm5_jax.model.config import ModelConfig
+from glm5_jax.train import guard
 
 _UNIT = 10**6
 
 
 @struct.dataclass
 class TrainState:
-    """Steps done, parameters, what the optimiser remembers, and tokens seen.
+    """Steps done, parameters, what the optimiser remembers, tokens seen, and the guard over gradients.
 
     The tokens are int32 [2], millions and the rest: one int32 ends at two billion, and float32 stops counting.
     """
@@ -26,6 +27,7 @@ class TrainState:
     params: Any
     opt_state: Any
     tokens_seen: jax.Array
+    guard: guard.Guard
 
 
 def create(config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
@@ -35,7 +37,8 @@ def create(config: ModelConfig, optimizer: optax.GradientTransformation, key: ja
 
 def from_params(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step that starts from given parameters."""
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params), jnp.zeros(2, jnp.int32))
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params), jnp.zeros(2, jnp.int32),
+                      guard.fresh())
 
 
 def abstract(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh | None = None
@@ -56,7 +59,7 @@ def abstract(config: ModelConfig, optimizer: optax.GradientTransformation, mesh:
         optimizer, _placed, state.opt_state, split, transform_non_params=lambda x: _placed(x, whole),
         is_leaf=lambda x: isinstance(x, optax.MaskedNode))  # what a group of the optimiser leaves to another
     return TrainState(_placed(state.step, whole), jax.tree.map(_placed, state.params, split), opt_state,
-                      _placed(state.tokens_seen, whole))
+                      _placed(state.tokens_seen, whole), jax.tree.map(lambda x: _placed(x, whole), state.guard))
 
 
 def add_tokens(tokens_seen: jax.Array, new: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from glm5_jax.model import moe, stacks, transformer
 from glm5_jax.model.config import ModelConfig
 from glm5_jax.optim import schedules
 from glm5_jax.optim.schedules import Schedule
+from glm5_jax.train import guard
 from glm5_jax.train.state import TrainState, add_tokens, as_float
 
 Metrics = dict[str, Mean]
@@ -30,7 +31,9 @@ class Options:
     + indexer_weight * mean over indexers of their KL, where LM and MTP are the cross-entropy + z_weight * log_z^2.
 
     `mtp_weight` and `router_bias_rate` may be schedules over tokens. `loss_chunk` bounds the positions of a row whose
-    logits exist at a time; 0: all. Raises ValueError naming the field.
+    logits exist at a time; 0: all. `micro_batches` divides the rows of a batch into so many passes, with the same
+    result. A step is skipped where its gradient norm is above `norm_ratio` times the running median, or where `guard`
+    finds no finite number. Raises ValueError naming the field.
     """
 
     mtp_steps: int = 0
@@ -42,6 +45,8 @@ class Options:
     router_bias_rate: float | Schedule = 1e-3
     max_grad_norm: float = 1.0
     loss_chunk: int = 0
+    micro_batches: int = 1
+    norm_ratio: float = 10.0
 
     def __post_init__(self) -> None:
         if self.indexer_loss not in (None, "dense", "sparse"):
@@ -52,8 +57,11 @@ class Options:
             scheduled = callable(value) and field in ("mtp_weight", "router_bias_rate")
             if not scheduled and not value >= 0:
                 raise ValueError(f"Options.{field}: expected 0 or more, found {value!r}")
-        if not self.max_grad_norm > 0:
-            raise ValueError(f"Options.max_grad_norm: expected more than 0, found {self.max_grad_norm!r}")
+        for field in ("max_grad_norm", "norm_ratio"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"Options.{field}: expected more than 0, found {getattr(self, field)!r}")
+        if self.micro_batches < 1:
+            raise ValueError(f"Options.micro_batches: expected at least 1, found {self.micro_batches!r}")
 
 
 def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformationExtraArgs, options: Options
@@ -61,22 +69,53 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     """The jitted step; the state that goes in is donated.
 
     Metrics: `loss`, `lm_loss` and `mtp_loss/<k>` in nats per token, `indexer_kl`, `balance_loss`, `grad_norm` before
-    clipping, `expert_load` (of the busiest expert over the mean, mean over layers), `index_nan` and `tokens` per step.
+    clipping, `expert_load` (of the busiest expert over the mean, mean over layers), `index_nan` and `tokens` per step,
+    `skipped/<reason>` as a share of the steps, and `skipped_in_row`.
     """
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         tokens_seen = as_float(state.tokens_seen)
-        gradient = jax.value_and_grad(_objective, has_aux=True)
-        (_, (metrics, aux)), grads = gradient(state.params, config, options, batch, _counts(batch, options),
-                                              schedules.at(options.mtp_weight, tokens_seen))
+        loss, metrics, loads, grads = _gradients(state.params, config, options, batch,
+                                                 schedules.at(options.mtp_weight, tokens_seen))
         grads, norm = clip(grads, options.max_grad_norm)
+        reasons = guard.judge(state.guard, loss, norm, metrics["index_nan"].total, options.norm_ratio)
+        taken = ~jnp.any(jnp.stack(list(reasons.values())))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, tokens_seen=tokens_seen)
         params = optax.apply_updates(state.params, updates)
-        params = balance(params, config, aux, schedules.at(options.router_bias_rate, tokens_seen))
+        params = balance(params, config, loads, schedules.at(options.router_bias_rate, tokens_seen))
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(taken, new, old), (params, opt_state),
+                                         (state.params, state.opt_state))
+        watch = guard.after(state.guard, norm, taken)
         tokens = jnp.sum(batch.segment_ids != 0, dtype=jnp.int32)
-        metrics |= {"grad_norm": Mean.of(norm), "tokens": Mean.of(tokens)}
-        return TrainState(state.step + 1, params, opt_state, add_tokens(state.tokens_seen, tokens)), metrics
+        load_LE = loads["expert_load"].astype(jnp.float32)
+        metrics |= {"grad_norm": Mean.of(norm), "tokens": Mean.of(tokens), "skipped_in_row": Mean.of(watch.in_row),
+                    "expert_load": Mean.of(load_LE.max(-1) / jnp.maximum(load_LE.mean(-1), 1e-30)),
+                    **{f"skipped/{reason}": Mean.of(found) for reason, found in reasons.items()}}
+        return TrainState(state.step + 1, params, opt_state, add_tokens(state.tokens_seen, tokens), watch), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _gradients(params: Any, config: ModelConfig, options: Options, batch: Batch, mtp_weight: jax.Array
+               ) -> tuple[jax.Array, Metrics, dict[str, jax.Array], Any]:
+    """Loss, metrics, expert loads and gradient of a batch: sums over its micro-batches, by the counts of the whole."""
+    counts, passes = _counts(batch, options), options.micro_batches
+
+    def one(part: Batch) -> Any:
+        (loss, (metrics, loads)), grads = jax.value_and_grad(_objective, has_aux=True)(
+            params, config, options, part, counts, mtp_weight)
+        return loss, metrics, loads, grads
+
+    if passes == 1:
+        return one(batch)
+    rows = batch.tokens.shape[0]
+    if rows % passes:
+        raise ValueError(f"micro_batches: expected a divisor of the {rows} rows of a batch, found {passes}")
+    # Every so many-th row, so that rows split over devices stay split.
+    parts = jax.tree.map(lambda x: x.reshape(rows // passes, passes, *x.shape[1:]).swapaxes(0, 1), batch)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)
+                                               if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype),
+                           jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts)))
+    return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, one(part)), None), nothing, parts)[0]
 
 
 def make_eval_step(config: ModelConfig, loss_chunk: int = 0) -> Callable[[Any, Batch], Mean]:
@@ -97,17 +136,17 @@ def clip(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), norm
 
 
-def balance(params: Any, config: ModelConfig, aux: dict[str, Any], rate: float | jax.Array) -> Any:
+def balance(params: Any, config: ModelConfig, loads: dict[str, jax.Array], rate: float | jax.Array) -> Any:
     """The parameters with each router's correction bias moved by the load that its own layer had."""
     rank = np.cumsum([kind.mlp == "sparse" for kind in config.layer_kinds]) - 1
     layers = dict(params["layers"])
     for segment in stacks.plan(config.layer_kinds):
         for run in segment:
             if run.kind.mlp == "sparse":
-                layers[run.name] = _moved(layers[run.name], aux["expert_load"][rank[run.layers]], rate)
+                layers[run.name] = _moved(layers[run.name], loads["expert_load"][rank[run.layers]], rate)
     params = {**params, "layers": layers}
-    if "mtp_expert_load" in aux:
-        params["mtp"] = {**params["mtp"], "layer": _moved(params["mtp"]["layer"], aux["mtp_expert_load"], rate)}
+    if "mtp_expert_load" in loads:
+        params["mtp"] = {**params["mtp"], "layer": _moved(params["mtp"]["layer"], loads["mtp_expert_load"], rate)}
     return params
 
 
@@ -147,9 +186,10 @@ def _counts(batch: Batch, options: Options) -> Counts:
 
 
 def _objective(params: Any, config: ModelConfig, options: Options, batch: Batch, counts: Counts,
-               mtp_weight: jax.Array) -> tuple[jax.Array, tuple[Metrics, dict[str, Any]]]:
-    """The loss of a batch, or the part of it that a micro-batch adds, if `counts` are those of the whole."""
+               mtp_weight: jax.Array) -> tuple[jax.Array, tuple[Metrics, dict[str, jax.Array]]]:
+    """The part of the loss that a micro-batch adds, by the `counts` of the whole; all that is returned adds up."""
     steps = options.mtp_steps
+    part = lambda x: Mean(jnp.asarray(x, jnp.float32), jnp.float32(1 / options.micro_batches))
     output = transformer.forward(params, config, batch.tokens, positions=batch.positions,
                                  segment_ids=batch.segment_ids, mtp_steps=steps, indexer_loss=options.indexer_loss)
     aux = output.aux
@@ -176,10 +216,6 @@ def _objective(params: Any, config: ModelConfig, options: Options, batch: Batch,
         groups = auxiliary.index_groups([kind == "full" for kind in config.indexer_types], steps)
         indexer_kl = auxiliary.indexer_loss(divergence, tokens, groups)
         loss += options.indexer_weight * indexer_kl
-        metrics["indexer_kl"] = Mean.of(indexer_kl)
-
-    load_LE = aux["expert_load"].astype(jnp.float32)
-    metrics |= {"loss": Mean.of(loss), "balance_loss": Mean.of(balance_loss),
-                "expert_load": Mean.of(load_LE.max(-1) / jnp.maximum(load_LE.mean(-1), 1e-30)),
-                "index_nan": Mean.of(aux["index_nan"])}
-    return loss, (metrics, aux)
+        metrics["indexer_kl"] = part(indexer_kl)
+    metrics |= {"loss": part(loss), "balance_loss": part(balance_loss), "index_nan": part(aux["index_nan"])}
+    return loss, (metrics, {name: aux[name] for name in ("expert_load", "mtp_expert_load") if name in aux})

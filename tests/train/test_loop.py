@@ -16,7 +16,7 @@ import pytest
 from glm5_jax.checkpoint.store import Store
 from glm5_jax.core.metrics import JsonlWriter, Mean
 from glm5_jax.data import packing
-from glm5_jax.train import loop, state as train_state, step as train_step
+from glm5_jax.train import guard, loop, state as train_state, step as train_step
 
 CADENCE = loop.Cadence(log_every=2, save_every=3)
 
@@ -46,7 +46,8 @@ def mix(state, batch):
 
 
 def start():
-    return train_state.TrainState(jnp.zeros((), jnp.int32), {"w": jnp.arange(5.0)}, (), jnp.zeros(2, jnp.int32))
+    return train_state.TrainState(jnp.zeros((), jnp.int32), {"w": jnp.arange(5.0)}, (), jnp.zeros(2, jnp.int32),
+                                  guard.fresh())
 
 
 def abstract(state):

@@ -90,7 +90,8 @@ def test_metrics_are_those_of_the_parts(batch, stepped, output):
                         + 0.5 * expected["indexer_kl"] + 0.1 * expected["balance_loss"])
     load = np.asarray(output.aux["expert_load"])
     expected["expert_load"] = np.mean(load.max(-1) / load.mean(-1))
-    expected |= {"index_nan": 0, "tokens": np.sum(batch.segment_ids != 0)}
+    expected |= {"index_nan": 0, "tokens": np.sum(batch.segment_ids != 0), "skipped_in_row": 0}
+    expected |= {f"skipped/{reason}": 0 for reason in ("not_finite", "index_nan", "norm")}
     found = {name: float(metric.value()) for name, metric in metrics.items()}
     assert found.pop("grad_norm") > 0
     assert found == pytest.approx({name: float(value) for name, value in expected.items()}, rel=2e-5)
@@ -148,7 +149,9 @@ def test_micro_batches_and_chunks_add_up_to_the_batch(small, small_params, batch
     whole, parts = (dataclasses.replace(ONE_MTP_STEP, z_weight=0.01, loss_chunk=chunk) for chunk in (0, 5))
     counts = train_step._counts(batch, whole)
     gradient = jax.jit(jax.value_and_grad(train_step._objective, has_aux=True), static_argnums=(1, 2))
-    (loss, (metrics, aux)), grads = gradient(params, config, whole, batch, counts, 0.3)
+    (loss, (metrics, _)), grads = gradient(params, config, whole, batch, counts, 0.3)
+    aux = transformer.forward(params, config, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids,
+                              mtp_steps=1, indexer_loss="sparse").aux
     kl = [float(each) for name in ("indexer_kl", "mtp_indexer_kl") for each in aux[name].value()]
     assert float(metrics["indexer_kl"].value()) == pytest.approx((np.mean(kl[:2]) + kl[2]) / 2, rel=1e-5)
 
