@@ -1,5 +1,6 @@
 """Packing against a token-by-token walk, and batches: every row once an epoch, exact resume."""
 
+import functools
 import itertools
 import json
 
@@ -53,6 +54,11 @@ def ten_rows():
     return packing.pack([np.arange(20)], 2)  # row r starts with token 2r
 
 
+@pytest.fixture(scope="module")
+def packaged_tokens():
+    return packing.tokenise(packaged_text(), Tokenizer.packaged())
+
+
 documents = st.lists(st.lists(st.integers(0, 4095), min_size=1, max_size=12), min_size=1, max_size=8)
 
 
@@ -76,6 +82,122 @@ def test_pack_by_hand():
     np.testing.assert_array_equal(rows.positions, [[0, 1, 2, 0], [0, 0, 1, 2]])
 
 
+def cells(rows):
+    """{document: [(token, target, weight) of each of its cells]} in document order, where tokens name their document
+    and place: token 100 d + i is number i of document d."""
+    real = rows.segment_ids > 0
+    found = {}
+    for token, target, weight in sorted(zip(rows.tokens[real], rows.targets[real], rows.weights[real], strict=True)):
+        found.setdefault(int(token) // 100, []).append((int(token), int(target), float(weight)))
+    return found
+
+
+def segments(rows):
+    """The tokens of each segment of each row, in order."""
+    return [[int(t) for t in row_tokens[ids == segment]] for row_tokens, ids in zip(rows.tokens, rows.segment_ids)
+            for segment in range(1, ids.max() + 1)]
+
+
+def numbered(sizes):
+    return [np.arange(100 * d, 100 * d + size) for d, size in enumerate(sizes)]
+
+
+PACKERS = {"best fit": packing.pack_best_fit, "end to end": packing.pack,
+           "offset": functools.partial(packing.pack, offset=13)}
+
+
+@pytest.mark.parametrize("pack", PACKERS.values(), ids=PACKERS)
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 15))
+def test_every_token_is_in_one_cell_with_its_own_target(pack, sizes, length):
+    rows = pack(numbered(sizes), length)
+    for document, size in enumerate(sizes):
+        inside = [(100 * document + i, 100 * document + i + 1, 1.0) for i in range(size - 1)]
+        assert cells(rows)[document] == [*inside, (100 * document + size - 1, 0, 0.0)]
+    padding = rows.segment_ids == 0
+    assert not any(leaf[padding].any() for leaf in jax.tree.leaves(rows))
+
+
+@pytest.mark.parametrize("pack", PACKERS.values(), ids=PACKERS)
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 15))
+def test_a_segment_is_a_run_of_one_document_and_positions_count_it(pack, sizes, length):
+    rows = pack(numbered(sizes), length)
+    for ids, positions in zip(rows.segment_ids, rows.positions):
+        assert list(ids[ids > 0]) == sorted(ids[ids > 0]) and not ids[np.count_nonzero(ids):].any()
+        for segment in range(1, ids.max() + 1):
+            assert positions[ids == segment].tolist() == list(range(np.count_nonzero(ids == segment)))
+    for tokens in segments(rows):
+        assert tokens == list(range(tokens[0], tokens[0] + len(tokens)))
+
+
+def test_offset_moves_the_cuts_by_hand():
+    rows = packing.pack(numbered([5, 3]), 4, offset=2)
+    np.testing.assert_array_equal(rows.tokens, [[2, 3, 4, 100], [101, 102, 0, 1]])
+    np.testing.assert_array_equal(rows.targets, [[3, 4, 0, 101], [102, 0, 1, 2]])
+    np.testing.assert_array_equal(rows.segment_ids, [[1, 1, 1, 2], [1, 1, 2, 2]])
+    np.testing.assert_array_equal(rows.positions, [[0, 1, 2, 0], [0, 1, 0, 1]])
+
+
+def test_best_fit_by_hand():
+    rows = packing.pack_best_fit(numbered([3, 9, 2, 2, 1]), 4)  # 9 = 4 + 4 + 1
+    assert segments(rows) == [[100, 101, 102, 103], [104, 105, 106, 107], [0, 1, 2], [108], [200, 201], [300, 301],
+                              [400]]
+    np.testing.assert_array_equal(rows.segment_ids[2:], [[1, 1, 1, 2], [1, 1, 2, 2], [1, 0, 0, 0]])
+    assert packing.fill(rows) == 17 / 20
+
+
+def best_fit_walk(sizes, length):
+    """The segments of each row that best-fit decreasing must give, by trying every row for every piece."""
+    pieces = [list(range(100 * d + start, 100 * d + min(start + length, size)))
+              for d, size in enumerate(sizes) for start in range(0, size, length)]
+    rows = []
+    for piece in sorted(pieces, key=len, reverse=True):
+        fitting = [row for row in rows if sum(map(len, row)) + len(piece) <= length]
+        if not fitting:
+            rows.append([])
+        max(fitting, key=lambda row: sum(map(len, row)), default=rows[-1]).append(piece)
+    return rows
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 15))
+def test_best_fit_equals_the_walk(sizes, length):
+    rows = packing.pack_best_fit(numbered(sizes), length)
+    assert segments(rows) == sum(best_fit_walk(sizes, length), [])
+    assert rows.segment_ids.max(axis=1).tolist() == list(map(len, best_fit_walk(sizes, length)))
+
+
+@pytest.mark.parametrize("length", [128, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("pack", [packing.pack, packing.pack_best_fit])
+def test_98_percent_of_the_slots_are_filled_on_the_packaged_text(packaged_tokens, pack, length):
+    rows = pack(packaged_tokens, length)
+    assert packing.fill(rows) >= 0.98
+    assert np.count_nonzero(rows.segment_ids) == sum(map(len, packaged_tokens))
+
+
+@pytest.mark.parametrize("pack", PACKERS.values(), ids=PACKERS)
+def test_loss_weights_follow_the_token_they_are_of(pack):
+    token_docs = numbered([5, 17, 1, 3])
+    weights = [np.where(tokens % 3 == 0, 0.0, tokens / 8) for tokens in token_docs]
+    rows = pack(token_docs, 6, loss_weights=weights)
+    for document, found in cells(rows).items():
+        assert [weight for _, _, weight in found] == [*weights[document][1:], 0.0]
+    assert rows.weights.dtype == np.float32
+
+
+def test_loss_weights_that_do_not_fit_are_an_error():
+    with pytest.raises(ValueError, match="expected one array per document, 2, found 1"):
+        packing.pack(numbered([2, 3]), 4, loss_weights=[np.ones(2)])
+    with pytest.raises(ValueError, match=r"loss_weights\[1\]: expected one .* shape \(3,\), found \(2,\)"):
+        packing.pack_best_fit(numbered([2, 3]), 4, loss_weights=[np.ones(2), np.ones(2)])
+
+
+def test_a_negative_offset_is_an_error():
+    with pytest.raises(ValueError, match="offset: expected at least 0, found -1"):
+        packing.pack(numbered([2]), 4, offset=-1)
+
+
 def test_types_of_the_fields():
     rows = packing.pack([np.array([1, 2, 3])], 2)
     assert isinstance(rows, Batch) and rows.streams == {}
@@ -84,13 +206,14 @@ def test_types_of_the_fields():
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(rows))
 
 
-def test_pack_errors():
+@pytest.mark.parametrize("pack", [packing.pack, packing.pack_best_fit])
+def test_pack_errors(pack):
     with pytest.raises(ValueError, match="length: expected at least 1"):
-        packing.pack([np.array([1])], 0)
+        pack([np.array([1])], 0)
     with pytest.raises(ValueError, match="at least one document"):
-        packing.pack([], 4)
+        pack([], 4)
     with pytest.raises(ValueError, match=r"token_docs\[1\]"):
-        packing.pack([np.array([1]), np.array([], np.int32)], 4)
+        pack([np.array([1]), np.array([], np.int32)], 4)
 
 
 def test_tokenise_ends_documents_and_recovers_the_text():
@@ -151,6 +274,40 @@ def test_resume_is_exact(ten_rows, done):
     resumed = fresh()
     resumed.set_state(json.loads(state))
     assert [row_numbers(next(resumed)) for _ in range(7)] == expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_processes_share_each_batch_in_order(ten_rows, count):
+    whole = packing.batches(ten_rows, batch_size=6, seed=2)
+    parts = [packing.batches(ten_rows, batch_size=6, seed=2, process_index=index, process_count=count)
+             for index in range(count)]
+    for batch, *shares in itertools.islice(zip(whole, *parts), 7):
+        assert [len(share.tokens) for share in shares] == [6 // count] * count
+        assert sum(map(row_numbers, shares), []) == row_numbers(batch)
+
+
+def test_a_state_resumes_on_another_number_of_processes(ten_rows):
+    one = iter(packing.batches(ten_rows, batch_size=4, seed=2, process_index=0, process_count=2))
+    whole = iter(packing.batches(ten_rows, batch_size=4, seed=2))
+    for _ in range(3):
+        next(one), next(whole)
+    resumed = iter(packing.batches(ten_rows, batch_size=4, seed=2))
+    resumed.set_state(json.loads(json.dumps(one.get_state())))
+    assert row_numbers(next(resumed)) == row_numbers(next(whole))
+
+
+def test_process_rows_errors():
+    with pytest.raises(ValueError, match="process_index: expected 0 to 1, found 2"):
+        packing.process_rows(4, 2, 2)
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of 3 processes, found 4"):
+        packing.process_rows(4, 0, 3)
+
+
+def test_single_rows_come_in_the_order_of_the_batches(ten_rows):
+    batch = next(iter(packing.batches(ten_rows, batch_size=10, seed=4)))
+    rows = list(itertools.islice(packing.single_rows(ten_rows, seed=4), 10))
+    assert [row.tokens[0] for row in rows] == row_numbers(batch)
+    assert all(isinstance(row, Batch) and row.tokens.shape == (2,) for row in rows)
 
 
 def test_held_out_batches_cover_all_rows_once_in_one_shape(ten_rows):

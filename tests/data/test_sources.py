@@ -1,9 +1,12 @@
 """Document sources: what is in them, that they are the same every time, and that a split is honest."""
 
+import json
 import logging
+import pickle
 import subprocess
 import sys
 
+from array_record.python.array_record_module import ArrayRecordWriter
 import pytest
 
 from glm5_jax.data import sources
@@ -59,6 +62,124 @@ def test_load_by_name():
     assert sources.load("packaged") == sources.packaged_text()
     with pytest.raises(ValueError, match=r"\['packaged', 'stdlib'\], found 'wikipedia'"):
         sources.load("wikipedia")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The same two documents in each kind of file, by suffix; a folder is ''."""
+    records = [json.dumps(record).encode() for record in [{"text": "é\n1", "id": "one"}, {"id": "two", "text": "2"}]]
+    library(tmp_path, {"texts/b.txt": b"2", "texts/a/z.txt": "é\n1".encode(), "texts/notes.md": b"no",
+                       "one.txt": b"2", "two.jsonl": b"\n".join([records[0], b" ", records[1]])})
+    writer = ArrayRecordWriter(str(tmp_path / "two.array_record"), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return {"": tmp_path / "texts", ".txt": tmp_path / "one.txt", ".jsonl": tmp_path / "two.jsonl",
+            ".array_record": tmp_path / "two.array_record"}
+
+
+NAMES = {"": ("a/z.txt", "b.txt"), ".txt": ("one.txt",), ".jsonl": ("two.jsonl:1", "two.jsonl:3"),
+         ".array_record": ("record:0", "record:1")}
+
+
+@pytest.mark.parametrize("suffix", NAMES)
+def test_files_are_sequences_of_documents(files, suffix):
+    documents = sources.load(str(files[suffix]))
+    expected = tuple(map(Document, NAMES[suffix], ["é\n1", "2"][-len(NAMES[suffix]):]))
+    assert tuple(documents) == documents[:] == expected
+    assert documents[-1] == expected[-1] and documents[::-1] == expected[::-1]
+    assert tuple(pickle.loads(pickle.dumps(documents))) == expected
+    with pytest.raises(IndexError):
+        documents[len(expected)]
+
+
+@pytest.mark.parametrize("suffix, reader", [(".jsonl", sources.JsonLines), (".array_record", sources.ArrayRecords)])
+def test_fields_by_name(files, suffix, reader):
+    assert tuple(reader(files[suffix], text="id", name="text")) == (Document("é\n1", "one"), Document("2", "two"))
+
+
+def test_several_array_record_files_are_one_source(files):
+    assert len(sources.ArrayRecords([files[".array_record"]] * 2)) == 4
+
+
+def test_folders_by_suffix(files):
+    assert tuple(sources.TextFiles(files[""], ".md")) == (Document("notes.md", "no"),)
+
+
+BAD_LINES = {
+    "latin": (b'{"text": "\xe9"}', "expected UTF-8, found byte 0xe9 at offset 10"),
+    "no json": (b"hello", "expected a JSON object, found: Expecting value at character 0"),
+    "cut": (b'{"text": "x', "expected a JSON object, found: Unterminated string"),
+    "no object": (b'["text"]', "expected a JSON object, found list"),
+    "no field": (b'{"texts": "x", "id": "y"}',
+                 r"expected the field 'text', found \['id', 'texts'\]; did you mean 'texts'\?"),
+    "no text": (b'{"text": null}', "expected text in the field 'text', found None"),
+    "empty text": (b'{"text": ""}', "expected text in the field 'text', found ''"),
+}
+
+
+@pytest.mark.parametrize("line, error", BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_line_is_named(tmp_path, line, error):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
+    with pytest.raises(ValueError, match=f"^{path}:3: {error}[^\n]*$"):
+        sources.load(str(path))
+    writer = ArrayRecordWriter(str(tmp_path / "bad.array_record"), "group_size:1")
+    writer.write(line)
+    writer.close()
+    with pytest.raises(ValueError, match=f"^{tmp_path}/bad.array_record, record 0: {error}[^\n]*$"):
+        sources.load(str(tmp_path / "bad.array_record"))
+
+
+BAD_FILES = {
+    "empty.txt": (b"", ValueError, "expected text, found an empty file"),
+    "latin.txt": (b"caf\xe9", ValueError, "expected UTF-8, found byte 0xe9 at offset 3"),
+    "blank.jsonl": (b"\n\n", ValueError, "expected a JSON object per line, found an empty file"),
+    "short.array_record": (b"hello", ValueError, "expected ArrayRecord files, found: "),
+    "long.array_record": (b"hello" * 50_000, ValueError, "expected ArrayRecord files, found: "),
+    "folder.jsonl/x": (b"", IsADirectoryError, "expected a file that can be read, found: Is a directory"),
+    "folder.array_record/x": (b"", IsADirectoryError, "expected a file that can be read, found: Is a directory"),
+    "texts/folder.txt/x": (b"", IsADirectoryError, "expected a file that can be read, found: Is a directory"),
+}
+
+
+@pytest.mark.parametrize("name, bad", BAD_FILES.items(), ids=BAD_FILES)
+def test_a_bad_file_is_named_when_opened(tmp_path, name, bad):
+    content, error, message = bad
+    path = library(tmp_path, {name: content}) / name.removesuffix("/x")
+    read = sources.READERS[path.suffix]
+    with pytest.raises(error, match=f"^{path}: {message}[^\n]*$"):
+        read(tmp_path / "texts" if name.startswith("texts") else path)
+
+
+@pytest.mark.parametrize("name", ["none.txt", "none.jsonl", "none.array_record"])
+def test_a_missing_file_is_named(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"{name}: expected a "):
+        sources.load(str(tmp_path / name))
+
+
+def test_a_folder_without_texts_and_an_array_record_file_without_records(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected files that end in .txt, found none"):
+        sources.load(str(tmp_path))
+    ArrayRecordWriter(str(tmp_path / "no.array_record"), "group_size:1").close()
+    with pytest.raises(ValueError, match="no.array_record: expected "):
+        sources.load(str(tmp_path / "no.array_record"))
+
+
+def test_synthetic_documents_are_functions_of_seed_and_number():
+    documents = sources.Synthetic(100, seed=1, median_words=50)
+    assert len(documents) == 100 and documents[7] == sources.Synthetic(8, seed=1, median_words=50)[7]
+    assert documents[7].text != sources.Synthetic(8, seed=2, median_words=50)[7].text
+    assert len({document.text for document in documents}) == len({document.name for document in documents}) == 100
+    counts = sorted(len(document.text.split()) for document in documents)
+    assert 35 < counts[50] < 70 and counts[-1] > 3 * counts[50]
+    with pytest.raises(ValueError, match="count: expected at least 1, found 0"):
+        sources.Synthetic(0)
+
+
+def test_a_selection_keeps_its_order():
+    documents = sources.Selection(sources.Synthetic(9), [4, 0, 4])
+    assert [document.name for document in documents] == ["synthetic/4", "synthetic/0", "synthetic/4"]
 
 
 def test_fingerprint_sees_names_texts_order_and_borders():
