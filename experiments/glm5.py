@@ -29,10 +29,11 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config = ConfigDict(dict(
         model=dict(preset=name, overrides={}),
         data=dict(source="packaged", seq_len=512, batch_size=4, held_out_fraction=0.1),
-        optimizer=dict(learning_rate=4e-3, final_learning_rate=4e-4, warmup_steps=10, weight_decay=0.1, b1=0.9,
-                       b2=0.95),
+        optimizer=dict(name="adamw", learning_rate=4e-3, final_learning_rate=4e-4, warmup_steps=10,
+                       weight_decay=0.1, b1=0.9, b2=0.95),
         train=dict(steps=150, dense_steps=50, log_every=10, mtp_steps=1, mtp_weight=0.3, balance_weight=1e-4,
-                   indexer_weight=1.0, router_bias_rate=1e-2, max_grad_norm=1.0),
+                   indexer_weight=1.0, router_bias_rate=1e-2, max_grad_norm=1.0, loss_chunk=0,
+                   micro_batches=1),
         checkpoint=dict(every=30, keep=2),
         sample=dict(prompt="The \"return\" statement", max_new_tokens=80, temperature=0.8),
         seed=0,
@@ -45,8 +46,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         config.checkpoint.update(every=250)
     if name == "glm5":
         config.data.update(source="stdlib", seq_len=4096, batch_size=1024)
-        config.optimizer.update(learning_rate=2e-4, final_learning_rate=2e-5, warmup_steps=2000)
-        config.train.update(steps=100_000, dense_steps=0, mtp_steps=3, router_bias_rate=1e-3)
+        config.optimizer.update(name="muon_split", learning_rate=2e-4, final_learning_rate=2e-5, warmup_steps=2000)
+        config.train.update(steps=100_000, dense_steps=0, mtp_steps=3, router_bias_rate=1e-3, loss_chunk=512)
         config.checkpoint.update(every=1000)
     for option in options:
         config.data.source = option.removeprefix("data=")

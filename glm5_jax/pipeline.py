@@ -54,8 +54,10 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW; the learning rate warms up linearly and falls along a cosine to `final_learning_rate`."""
+    """`name` is one of `optim.partition.OPTIMIZERS`; the learning rate warms up linearly and falls along a cosine to
+    `final_learning_rate`; `b1` and `b2` are AdamW's."""
 
+    name: str
     learning_rate: float
     final_learning_rate: float
     warmup_steps: int
@@ -64,6 +66,7 @@ class Optimizer:
     b2: float
 
     def __post_init__(self) -> None:
+        _expect(self.name in partition.OPTIMIZERS, "optimizer.name", f"one of {partition.OPTIMIZERS}", self.name)
         for field in ("learning_rate", "final_learning_rate"):
             _expect(0 < getattr(self, field) < math.inf, f"optimizer.{field}", "a number above 0", getattr(self, field))
         for field in ("warmup_steps", "weight_decay"):
@@ -86,6 +89,8 @@ class Train:
     indexer_weight: float
     router_bias_rate: float
     max_grad_norm: float
+    loss_chunk: int
+    micro_batches: int
 
     def __post_init__(self) -> None:
         if not 0 <= self.dense_steps <= self.steps or self.steps < 1:
@@ -100,7 +105,8 @@ class Train:
     def stages(self) -> dict[str, tuple[int, train_step.Options]]:
         """The stages by name, in order: the step each ends at, and what it optimises."""
         common = {name: getattr(self, name) for name in (
-            "mtp_steps", "mtp_weight", "balance_weight", "indexer_weight", "router_bias_rate", "max_grad_norm")}
+            "mtp_steps", "mtp_weight", "balance_weight", "indexer_weight", "router_bias_rate", "max_grad_norm",
+            "loss_chunk", "micro_batches")}
         return {"dense": (self.dense_steps, train_step.Options(indexer_loss="dense", **common)),
                 "sparse": (self.steps, train_step.Options(indexer_loss="sparse", **common))}
 
@@ -156,6 +162,8 @@ class Job:
         entries = Tokenizer.packaged().vocab_size
         _expect(self.model.vocab_size >= entries, "model.overrides.vocab_size",
                 f"at least the {entries} entries of the packaged tokenizer", self.model.vocab_size)
+        _expect(self.data.batch_size % self.train.micro_batches == 0, "train.micro_batches",
+                f"a divisor of data.batch_size = {self.data.batch_size}", self.train.micro_batches)
         _expect(0 <= self.seed < 2**32, "seed", "0 or more and less than 2**32", self.seed)
 
     @property
@@ -267,8 +275,9 @@ def pretrain(job: Job, rundir: RunDir, train_rows: Batch, held_out_rows: Batch, 
     """Trains through all stages, from the newest checkpoint where there is one."""
     tokens = job.data.batch_size * job.data.seq_len
     optimizer = partition.build(
-        transformer.param_specs(job.model), optimizer="adamw", weight_decay=job.optimizer.weight_decay,
-        b1=job.optimizer.b1, b2=job.optimizer.b2, learning_rate=schedules.warmup_cosine(
+        transformer.param_specs(job.model), optimizer=typing.cast(partition.Optimizer, job.optimizer.name),
+        weight_decay=job.optimizer.weight_decay, b1=job.optimizer.b1, b2=job.optimizer.b2,
+        learning_rate=schedules.warmup_cosine(
             job.optimizer.learning_rate, final=job.optimizer.final_learning_rate,
             warmup=job.optimizer.warmup_steps * tokens, total=job.train.steps * tokens))
     batches = iter(packing.batches(train_rows, batch_size=job.data.batch_size, seed=job.seed))
