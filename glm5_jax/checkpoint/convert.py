@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options) or 0)
-    except (CheckpointError, OSError) as error:
+    except (OSError, ValueError) as error:  # CheckpointError, and what libraries say of broken files and text
         print(f"{options.command}: {error}", file=sys.stderr)
         return 2
 
@@ -50,6 +50,8 @@ def import_(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Any checkpoint into the released layout."""
+    if not options.shard_gb > 0:
+        raise CheckpointError(f"--shard-gb: expected more than 0, found {options.shard_gb}")
     source = sources.open_source(options.source, dtype=options.dtype, step=options.step, progress=True)
     errors = released.save_hf(options.target, source.config, source.load(), dtype=options.dtype, fp8=options.fp8,
                               fields=source.fields, companions=source.companions, progress=True,
@@ -66,14 +68,18 @@ def verify_(options: argparse.Namespace) -> int:
     """Two checkpoints against each other."""
     one, other = (sources.open_source(path) for path in (options.one, options.other))
     verify.check_same_model(one, other)
+    tokens = _tokens(options, one, other)
     differ = verify.weights(one, other, progress=True)
     for found in sorted(differ, key=lambda found: -found.relative_rms)[:10]:
         print(f"{found.name}: differs by at most {found.max_abs:.3e}, {found.relative_rms:.2e} relative")
-    print(f"weights: {len(differ)} tensors differ" if differ else "weights: the same, bit for bit")
-    answers = verify.answers(one, other, _tokens(options, one, other), tolerance=options.tolerance)
+    print(f"weights: {len(differ)} tensors differ" if differ else "weights: the same, every value")
+    answers = verify.answers(one, other, tokens, tolerance=options.tolerance)
     print(f"answers: {answers}")
-    same = not differ or answers.max_kl <= options.max_kl
-    print("verified" if same else f"not the same: KL up to {answers.max_kl:.3e} nats, {options.max_kl:g} allowed")
+    # A text does not reach every weight: experts that no token chose, the MTP layer, an indexer of a short text.
+    worst = max((found.relative_rms for found in differ), default=0.0)
+    same = not differ or answers.max_kl <= options.max_kl and worst <= options.max_weight_error
+    print("verified" if same else f"not the same: KL up to {answers.max_kl:.3e} nats ({options.max_kl:g} allowed), a "
+                                  f"tensor off by {worst:.2e} ({options.max_weight_error:g} allowed)")
     return 0 if same else 1
 
 
@@ -127,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     verifying.add_argument("--tokenizer", help="tokenizer.json; default the checkpoint's, else the packaged one")
     verifying.add_argument("--max-kl", type=float, default=1e-6,
                            help="the largest KL, in nats, at which differing weights pass; default %(default)g")
+    verifying.add_argument("--max-weight-error", type=float, default=0.05,
+                           help="the largest relative difference of a tensor that passes; FP8 has 0.03; default "
+                                "%(default)g")
     verifying.add_argument("--tolerance", type=float, default=1e-5,
                            help="relative difference from which a layer counts as different; default %(default)g")
     add("inspect", inspect, "source")

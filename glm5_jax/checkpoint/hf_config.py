@@ -34,14 +34,15 @@ def from_json(fields: Mapping[str, Any], *, where: str = "config.json", dtype: s
     values: dict[str, Any] = {"num_nextn_predict_layers": 0}
     for field in (*SHARED, "num_nextn_predict_layers", "latent_norm_eps"):
         value = fields.get("num_experts") if field == "n_routed_experts" and field not in fields else fields.get(field)
-        if isinstance(value, (int, float)):
+        if _is_number(value):
             values[field] = value
         elif value is not None:
-            faults.append(f"{field}: expected a number, true or false, found {short(value)}")
+            faults.append(f"{field}: expected a number below 2**53, true or false, found {short(value)}")
     if latent_norm_eps is not None:
         values["latent_norm_eps"] = latent_norm_eps
     stated = dtype or fields.get("dtype") or fields.get("torch_dtype") or "float32"
-    values["dtype"] = values["param_dtype"] = stated if isinstance(stated, str) else short(stated)
+    stated = "float32" if stated == "float16" else stated if isinstance(stated, str) else short(stated)
+    values["dtype"] = values["param_dtype"] = stated  # float32 holds float16 exactly
     layers = values.get("num_hidden_layers", glm5().num_hidden_layers)
     if type(layers) is int and 0 < layers <= MOST_LAYERS:
         values["indexer_types"] = _indexer_types(fields, layers, faults)
@@ -95,10 +96,15 @@ def _rope_theta(fields: Mapping[str, Any], faults: list[str]) -> Any:
 
 
 def _theta(value: Any, field: str, faults: list[str]) -> Any:
-    if isinstance(value, (int, float)):
-        return value
+    if _is_number(value):
+        return float(value)
     faults.append(f"{field}: expected a number, found {short(value)}")
     return 1e6
+
+
+def _is_number(value: Any) -> bool:
+    """Not one of thousands of digits, which Python refuses to print and no float holds."""
+    return isinstance(value, float) or isinstance(value, int) and abs(value) < 2**53
 
 
 def _indexer_types(fields: Mapping[str, Any], layers: int, faults: list[str]) -> tuple[str, ...] | None:

@@ -6,6 +6,8 @@ from typing import Iterable, Mapping, NamedTuple
 
 import jax
 
+from glm5_jax.checkpoint.fp8 import SCALE
+
 # The first pattern that a name contains decides its module; names of the released layout and paths of ours.
 _MODULES = (
     ("optimiser and step", r"^(?!model\.|lm_head|params/)"),
@@ -37,9 +39,10 @@ def rows(arrays: Mapping[str, jax.ShapeDtypeStruct], *, mtp_layer: int | None = 
     """Sums `arrays` by module and type; in the released layout `mtp_layer` is the number of the MTP layer."""
     sums: dict[tuple[str, str], list[int]] = {}
     for name, array in arrays.items():
-        size = math.prod(array.shape)
+        size, nbytes = math.prod(array.shape), math.prod(array.shape) * array.dtype.itemsize
+        size *= not name.endswith(SCALE)  # scales take room, but are no parameters
         row = sums.setdefault((_module(name, mtp_layer), array.dtype.name), [0, 0, 0])
-        for i, more in enumerate((1, size, size * array.dtype.itemsize)):
+        for i, more in enumerate((1, size, nbytes)):
             row[i] += more
     order = list(dict.fromkeys(module for module, _ in _MODULES)) + ["other"]
     return sorted((Row(*key, *values) for key, values in sums.items()), key=lambda row: (order.index(row.module), row))

@@ -4,10 +4,12 @@ Tensors stream: reading holds one tensor beside the result, writing two of them 
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
+import re
 import shutil
 from typing import Any, Iterable, Iterator, Mapping
 
@@ -57,7 +59,7 @@ class Released:
 def open_released(directory: str | os.PathLike[str], *, dtype: str | None = None,
                   latent_norm_eps: float | None = None) -> Released:
     """Reads config and headers; raises CheckpointError (ConfigError for the config alone) naming every fault."""
-    directory, dtype = pathlib.Path(directory), dtype and jnp.dtype(dtype).name
+    directory, dtype = pathlib.Path(directory).expanduser(), _known_dtype(dtype)
     atomic.recover(directory)
     where, config, reader = str(directory / CONFIG), None, None
     faults: list[str] = []
@@ -85,6 +87,17 @@ def open_released(directory: str | os.PathLike[str], *, dtype: str | None = None
             sizes[opened.dtype_of(entry)] += reader.tensors[entry.name].nbytes
         config = config.replace(param_dtype=sizes.most_common(1)[0][0].name)
     return dataclasses.replace(opened, config=config)
+
+
+def _known_dtype(dtype: Any) -> str | None:
+    """The name of a dtype that parameters may have; raises CheckpointError for another."""
+    try:
+        name = None if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in (None, "float32", "bfloat16"):
+        raise CheckpointError(f"dtype: expected 'float32' or 'bfloat16', found {name}")
+    return name
 
 
 def _fields(directory: pathlib.Path) -> dict[str, Any]:
@@ -128,7 +141,7 @@ def load(opened: Released, *, dtype: str | None = None, mesh: jax.sharding.Mesh 
 
 def _leaf(opened: Released, shape: tuple[int, ...], pieces: tuple[hf_names.Piece, ...], dtype: str | None,
           sharding: jax.sharding.Sharding, bar: tqdm.tqdm) -> jax.Array:
-    own = functools.reduce(np.promote_types, {opened.dtype_of(piece.entry) for piece in pieces})
+    own, dtype = functools.reduce(np.promote_types, {opened.dtype_of(x.entry) for x in pieces}), _known_dtype(dtype)
     if dtype is not None and not pieces[0].entry.name.endswith(ROUTER_BIAS):
         own = jnp.dtype(dtype)
 
@@ -152,47 +165,73 @@ def save_hf(directory: str | os.PathLike[str], config: ModelConfig, params: Any,
     The directory appears whole or not at all. An earlier checkpoint in it is replaced in one step; files beside it,
     such as a tokenizer, stay. `dtype` converts every parameter but the router's correction bias, which is always
     float32; by default each keeps its own. `fp8` writes the FP8 release: the matrices of the layers rounded to
-    bfloat16 and quantised in blocks, the rest in bfloat16; what that cost each of them is returned. `fields` are
-    further fields of config.json, such as eos_token_id; `companions` are files to copy into the directory. Where
-    parameters are spread over processes, all of them must call this, and the first one writes.
+    bfloat16 and quantised in blocks, the rest in bfloat16 or `dtype`; what that cost each of them is returned.
+    `fields` are further fields of config.json, such as eos_token_id; `companions` are files to copy into the directory.
+    Where parameters are spread over processes, all of them must call this, and the first one writes.
 
     Raises ValueError for parameters of another config, CheckpointError for a directory that holds something else, or
     for values that FP8 does not have.
     """
-    directory = pathlib.Path(directory)
+    directory, beside = pathlib.Path(directory).expanduser(), [pathlib.Path(file) for file in companions]
     hf_names.check_tree(config, params)
-    _check_target(directory)
-    dtype = dtype or ("bfloat16" if fp8 else None)
+    _check_target(directory, beside)
+    dtype = _known_dtype(dtype) or ("bfloat16" if fp8 else None)
     tensors, kept = _plan(config, params, dtype, fp8)
     errors: dict[str, QuantisationError] = {}
     with _bar("writing", len(hf_names.entries(config)), progress) as bar:
         values = _values(config, params, {tensor.name: tensor.dtype for tensor in tensors}, errors, bar)
-        if jax.process_index() == 0:
-            stated = hf_config.merged(fields or {}, config, _dtype_of(params["embedding"], dtype).name)
-            if fp8:
-                stated["quantization_config"] = hf_config.quantisation_json(kept)
-            with atomic.replacing(directory) as partial:
-                safetensors_io.write(partial, tensors, values, shard_bytes=shard_bytes)
-                _keep_others(directory, partial)
-                for file in companions:
-                    shutil.copy2(file, partial)
-                write_json(partial / CONFIG, stated)
-        else:
-            collections.deque(values, maxlen=0)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"save_hf {directory}")
+        with _together(values):
+            if jax.process_index() == 0:
+                stated = hf_config.merged(fields or {}, config, _main_dtype(tensors))
+                if fp8:
+                    stated["quantization_config"] = hf_config.quantisation_json(kept)
+                with atomic.replacing(directory) as partial:
+                    safetensors_io.write(partial, tensors, values, shard_bytes=shard_bytes)
+                    _keep_others(directory, partial)
+                    for file in beside:
+                        shutil.copy2(file, partial)
+                    write_json(partial / CONFIG, stated)
     return errors
 
 
-def _check_target(directory: pathlib.Path) -> None:
-    """Only what is a checkpoint already may be replaced."""
+@contextlib.contextmanager
+def _together(values: Iterator[np.ndarray]) -> Iterator[None]:
+    """Every process makes all `values`, which they gather from each other, and fails where one of them does."""
+    error: BaseException | None = None
+    try:
+        yield
+        collections.deque(values, maxlen=0)
+    except Exception as found:
+        error = found
+        collections.deque(values, maxlen=0)
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.array(error is not None))
+        if error is None and failed.any():
+            error = CheckpointError(f"process {int(failed.argmax())} could not write the checkpoint; see its error")
+    if error is not None:
+        raise error
+
+
+def _check_target(directory: pathlib.Path, companions: list[pathlib.Path]) -> None:
+    """Only what is a checkpoint of ours already may be replaced, and nothing may take the place of our files."""
     atomic.recover(directory)
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory}: expected a directory or nothing, found a file; choose another place")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG).is_file():
-        raise CheckpointError(f"{directory}: expected a new or empty directory, or an earlier checkpoint to replace, "
-                              f"found other files and no {CONFIG}; choose another place, or pass the files of the "
-                              f"tokenizer as companions")
+    if directory.is_dir() and any(directory.iterdir()):
+        try:
+            ours = _fields(directory).get("model_type") == hf_config.FIXED["model_type"]
+        except ConfigError:
+            ours = False
+        if not ours:
+            raise CheckpointError(f"{directory}: expected a new or empty directory, or an earlier checkpoint to "
+                                  f"replace, found other files; choose another place, or pass the files of the "
+                                  f"tokenizer as companions")
+    if wrong := [file.name for file in companions if _is_ours(file.name)]:
+        raise CheckpointError(f"companions: expected files beside the checkpoint's own, found {wrong[0]}")
+
+
+def _is_ours(name: str) -> bool:
+    return name in (CONFIG, safetensors_io.INDEX) or bool(re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name))
 
 
 def _plan(config: ModelConfig, params: Any, dtype: str | None, fp8: bool) -> tuple[list[Tensor], list[str]]:
@@ -203,15 +242,23 @@ def _plan(config: ModelConfig, params: Any, dtype: str | None, fp8: bool) -> tup
             tensors += [Tensor(entry.name, E4M3, entry.shape),
                         Tensor(entry.name + SCALE, FLOAT32, scale_shape(entry.shape))]
             continue
-        parts = [_dtype_of(hf_names.leaf_at(params, path), dtype) for path, _ in entry.slices]
+        parts = [np.dtype(jnp.dtype(dtype or hf_names.leaf_at(params, path).dtype)) for path, _ in entry.slices]
+        if wrong := [part for part in parts if part not in (FLOAT32, BFLOAT16)]:
+            raise CheckpointError(f"tensor {entry.name}: expected parameters in float32 or bfloat16, found {wrong[0]}; "
+                                  f"pass dtype='float32'")
         bias = entry.name.endswith(ROUTER_BIAS)
         tensors.append(Tensor(entry.name, FLOAT32 if bias else functools.reduce(np.promote_types, parts), entry.shape))
         kept.append(entry.name.removesuffix(".weight"))
     return tensors, kept
 
 
-def _dtype_of(leaf: Any, dtype: str | None) -> np.dtype:
-    return np.dtype(jnp.dtype(dtype or leaf.dtype))
+def _main_dtype(tensors: list[Tensor]) -> str:
+    """The dtype that most of what is not FP8 has: config.json names one."""
+    sizes: collections.Counter[np.dtype] = collections.Counter()
+    for tensor in tensors:
+        if tensor.dtype != E4M3 and not tensor.name.endswith(SCALE):
+            sizes[tensor.dtype] += tensor.nbytes
+    return sizes.most_common(1)[0][0].name
 
 
 def _values(config: ModelConfig, params: Any, dtypes: Mapping[str, np.dtype], errors: dict[str, QuantisationError],
@@ -235,10 +282,9 @@ def _values(config: ModelConfig, params: Any, dtypes: Mapping[str, np.dtype], er
 def _keep_others(directory: pathlib.Path, partial: pathlib.Path) -> None:
     """What a user put beside an earlier checkpoint stays."""
     for item in directory.iterdir() if directory.is_dir() else ():
-        ours = item.name in (CONFIG, safetensors_io.INDEX) or item.match("model*.safetensors")
         if item.is_dir() and not item.is_symlink():
             shutil.copytree(item, partial / item.name, symlinks=True)
-        elif not ours:
+        elif not _is_ours(item.name):
             shutil.copy2(item, partial / item.name, follow_symlinks=False)
 
 

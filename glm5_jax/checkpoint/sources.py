@@ -44,9 +44,12 @@ def open_source(path: str | os.PathLike[str], *, dtype: str | None = None, step:
     if not path.is_dir():
         raise CheckpointError(f"{path}: expected the directory of a checkpoint, found "
                               f"{'a file' if path.exists() else 'nothing'}")
-    for directory in (path, path / "checkpoints"):
-        if directory.is_dir() and any(item.name.isdigit() for item in directory.iterdir()):
+    released_here = any((path / name).is_file() for name in (safetensors_io.INDEX, safetensors_io.SINGLE))
+    for directory in () if released_here else (path, path / "checkpoints"):
+        if directory.is_dir() and any(item.name.isdigit() and item.is_dir() for item in directory.iterdir()):
             return _from_store(directory, dtype, step)
+    if step is not None:
+        raise CheckpointError(f"{path}: expected a store of checkpoints to take number {step} from, found none")
     return _from_released(path, dtype, progress)
 
 
@@ -94,7 +97,7 @@ def _from_store(path: pathlib.Path, dtype: str | None, step: int | None) -> Sour
                                 for path, index in entry.slices))
 
     return Source(path, config if dtype is None else config.replace(dtype=dtype, param_dtype=dtype), about["config"],
-                  arrays, _files(path / COMPANIONS, lambda file: True), load, read)
+                  arrays, _files(path / COMPANIONS, lambda file: True), loaded, read)
 
 
 def _files(directory: pathlib.Path, wanted: Callable[[pathlib.Path], bool]) -> tuple[pathlib.Path, ...]:

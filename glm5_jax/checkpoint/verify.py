@@ -59,10 +59,8 @@ def weights(one: Source, other: Source, *, progress: bool = False) -> list[Weigh
     differ = []
     for entry in tqdm.tqdm(hf_names.entries(one.config), "weights", unit="tensor", disable=not progress):
         ours, theirs = one.read(entry), other.read(entry)
-        if ours.dtype == theirs.dtype and np.array_equal(ours, theirs):
-            continue
         ours, theirs = ours.astype(np.float32), theirs.astype(np.float32)
-        if np.array_equal(ours, theirs):
+        if np.array_equal(ours.view(np.uint32), theirs.view(np.uint32)):  # NaN too
             continue
         error = np.abs(ours - theirs)
         norm = float(np.sqrt(np.square(ours, dtype=np.float64).sum()))

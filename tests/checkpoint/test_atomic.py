@@ -100,3 +100,40 @@ def test_killed_at_every_stage(way, tmp_path):
         assert sorted(os.listdir(tmp_path)) == [f"it{i}" for i in range(stage + 1)]
     assert outcomes[0] == (True, "old") and outcomes[-1] == (False, "new")
     assert (True, "new") in outcomes and (True, "old") in outcomes[1:]
+
+
+def test_a_writer_that_comes_late_waits_for_nobody_and_harms_nobody(tmp_path, monkeypatch):
+    """The lock is held until the former directory is gone: the next writer cannot lose its files to that."""
+    fill(tmp_path / "it", "one")
+    refused = []
+    rmtree = atomic.shutil.rmtree
+
+    def late(path, **options):
+        if not refused:
+            refused.append(True)
+            with pytest.raises(BlockingIOError):
+                fill(tmp_path / "it", "late")
+        rmtree(path, **options)
+
+    monkeypatch.setattr(atomic.shutil, "rmtree", late)
+    fill(tmp_path / "it", "two")
+    monkeypatch.undo()
+    assert refused and read(tmp_path / "it") == [("a", "two"), ("b", "two")] and os.listdir(tmp_path) == ["it"]
+
+
+def test_what_cannot_be_replaced_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for target in (".", tmp_path / "here", tmp_path):
+        with pytest.raises(OSError, match="found a mount point or the working directory"):
+            fill(target, "one")
+    monkeypatch.setattr(atomic.os.path, "ismount", lambda path: True)
+    with pytest.raises(OSError, match="found a mount point or the working directory"):
+        fill(tmp_path / "elsewhere", "one")
+
+
+def test_the_mode_of_a_directory_stays(tmp_path):
+    fill(tmp_path / "it", "one")
+    (tmp_path / "it").chmod(0o700)
+    fill(tmp_path / "it", "two")
+    assert (tmp_path / "it").stat().st_mode & 0o777 == 0o700

@@ -96,7 +96,7 @@ def test_a_run_is_a_checkpoint_too(released, tmp_path):
 def test_the_same_weights_are_verified(released, store, text, capsys):
     assert run("verify", released, store, *text) == 0
     printed = capsys.readouterr().out
-    assert "the same, bit for bit" in printed and "no layer differs" in printed and "verified" in printed
+    assert "the same, every value" in printed and "no layer differs" in printed and "verified" in printed
     assert "top-1 100.00%, top-5 100.00%" in printed and "at most 0.000e+00" in printed
 
 
@@ -110,7 +110,31 @@ def test_a_difference_is_found_where_it_is(released, text, tmp_path, capsys):
     assert f"{name}: differs by at most" in printed and "5.00e-01 relative" in printed
     assert "1 tensors differ" in printed and "not the same" in printed
     assert "the output of 2 layers is the first to differ" in printed
-    assert run("verify", released, tmp_path / "other", *text, "--max-kl", 100) == 0
+    assert run("verify", released, tmp_path / "other", *text, "--max-kl", 100) == 1
+    assert run("verify", released, tmp_path / "other", *text, "--max-kl", 100, "--max-weight-error", 0.6) == 0
+
+
+def test_a_difference_that_the_text_does_not_reach_is_found_too(released, text, tmp_path, capsys):
+    """The answers of the trunk do not depend on the MTP layer."""
+    assert run("export", released, tmp_path / "other") == 0
+    name = f"model.layers.{CONFIG.num_hidden_layers}.self_attn.o_proj.weight"
+    rewrite(tmp_path / "other", lambda tensors: tensors.update({name: tensors[name] + np.float32(1)}))
+    assert run("verify", released, tmp_path / "other", *text) == 1
+    assert "a tensor off by" in capsys.readouterr().out
+
+
+def test_a_nan_is_the_same_as_itself(released, text, tmp_path, capsys):
+    assert run("export", released, tmp_path / "one") == 0
+    rewrite(tmp_path / "one", lambda tensors: tensors["model.norm.weight"].__setitem__(0, np.nan))
+    assert run("export", tmp_path / "one", tmp_path / "other") == 0
+    assert run("verify", tmp_path / "one", tmp_path / "other", *text) == 0
+    assert "the same, every value" in capsys.readouterr().out
+
+
+def test_a_number_beside_a_released_checkpoint_makes_it_no_store(released, tmp_path):
+    assert run("export", released, tmp_path / "it") == 0
+    (tmp_path / "it" / "1").mkdir()
+    assert run("inspect", tmp_path / "it") == 0
 
 
 def test_what_verify_measures_of_answers(released, tmp_path):
@@ -151,6 +175,9 @@ def test_a_text_of_another_vocabulary_is_refused(released, capsys):
     (("export", "{store}", "{out}", "--step", "3"), "expected a checkpoint 3, found none"),
     (("export", "{store}", "{full}"), "choose another place"),
     (("inspect", "{nothing}"), "found nothing"),
+    (("export", "{released}", "{out}", "--step", "3"), "expected a store of checkpoints to take number 3 from"),
+    (("export", "{released}", "{out}", "--shard-gb", "nan"), "--shard-gb: expected more than 0, found nan"),
+    (("verify", "{released}", "{released}", "--text", "{released}/model.safetensors"), "decode"),
     (("verify", "{released}", "{empty}"), "config.json")])
 def test_faults_are_one_line_and_write_nothing(arguments, message, released, store, tmp_path, capsys):
     (tmp_path / "empty").mkdir(), (tmp_path / "full").mkdir()

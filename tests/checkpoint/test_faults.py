@@ -111,7 +111,9 @@ CONFIGS = {
     "layers without end": (dict(num_hidden_layers=10**12), ["num_hidden_layers", "1 to 1000", "1000000000000"]),
     "negative frequency": (dict(indexer_types=None, index_topk_freq=-4), ["index_topk_freq", "1 or more", "-4"]),
     "number for a truth": (dict(tie_word_embeddings=2), ["tie_word_embeddings", "True or False"]),
-    "dtype": (dict(dtype="float16"), ["dtype", "'float32' or 'bfloat16'", "float16"]),
+    "thousands of digits": (dict(topk_group=10**4000, n_routed_experts=10**4000), ["topk_group", "below 2**53"]),
+    "theta beyond floats": (dict(rope_parameters=None, rope_theta=10**400), ["rope_theta", "a number"]),
+    "dtype": (dict(dtype="float8"), ["dtype", "'float32' or 'bfloat16'", "float8"]),
     "contradicting heads": (dict(num_key_value_heads=8), ["num_key_value_heads", "num_attention_heads", "8"]),
     "quantised otherwise": (quantisation(quant_method="awq"), ["quantization_config.quant_method", "fp8", "awq"]),
     "blocks": (quantisation(weight_block_size=[128, 0]), ["weight_block_size", "two positive integers", "[128, 0]"]),
@@ -186,6 +188,48 @@ def test_what_is_not_ours_is_not_overwritten(originals, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "precious" and os.listdir(tmp_path) == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("config", [{"model_type": "llama"}, {"train": {"steps": 3}}, "broken"])
+def test_a_directory_of_something_else_with_a_config_is_not_overwritten(config, tmp_path):
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    (tmp_path / "it" / "model-lora.safetensors").write_text("precious")
+    with pytest.raises(CheckpointError, match="choose another place"):
+        glm5.save_hf(tmp_path / "it", RICH, random_params(RICH))
+    assert sorted(os.listdir(tmp_path / "it")) == ["config.json", "model-lora.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "float8_e4m3fn", "banana"])
+def test_only_what_can_be_read_again_is_written(dtype, originals, tmp_path):
+    with pytest.raises(CheckpointError, match="dtype: expected 'float32' or 'bfloat16', found"):
+        glm5.save_hf(tmp_path / "it", RICH, random_params(RICH), dtype=dtype)
+    with pytest.raises(CheckpointError, match="dtype: expected 'float32' or 'bfloat16', found"):
+        glm5.load_hf(originals / "plain", dtype=dtype)
+    assert not os.listdir(tmp_path)
+
+
+def test_parameters_of_another_dtype_are_named(tmp_path):
+    double = jax.tree.map(lambda x: np.asarray(x, np.float64), random_params(RICH))
+    with pytest.raises(CheckpointError, match=r"model.embed_tokens.weight: .* found float64; pass dtype='float32'"):
+        glm5.save_hf(tmp_path / "it", RICH, double)
+    glm5.save_hf(tmp_path / "it", RICH, double, dtype="float32")
+
+
+def test_a_float16_checkpoint_is_read_as_float32(originals, tmp_path):
+    def halve(tensors):
+        for name, value in tensors.items():
+            tensors[name] = value.astype(np.float16)
+
+    config, params = glm5.load_hf(spoil(originals, tmp_path / "it", halve, dtype="float16"))
+    assert config.dtype == config.param_dtype == "float32"
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float16).astype(np.float32), random_params(RICH))
+    assert_same_bits(params, rounded)
+
+
+def test_companions_do_not_take_the_place_of_the_checkpoint(originals, tmp_path):
+    with pytest.raises(CheckpointError, match="companions: .* found model.safetensors"):
+        glm5.save_hf(tmp_path / "it", RICH, random_params(RICH), companions=[originals / "plain" / "model.safetensors"])
+
+
 def test_what_lies_beside_a_checkpoint_stays_when_it_is_replaced(originals, tmp_path):
     directory = spoil(originals, tmp_path / "it")
     (directory / "tokenizer.json").write_text("{}")
@@ -198,8 +242,9 @@ def test_what_lies_beside_a_checkpoint_stays_when_it_is_replaced(originals, tmp_
     assert_same_bits(glm5.load_hf(directory)[1], random_params(RICH))
 
 
-JUNK = [None, True, 0, -1, 1, 2, 3.5, 10**6, 10**30, -(2**63), 1e308, float("nan"), "", "x", "full", "x" * 10_000, [],
-        {}, [[]], ["full"], {"rope_theta": -1}, [0, 8], [8, 0], "F32", "BF16", "F8_E4M3", "glm_moe_dsa"]
+JUNK = [None, True, 0, -1, 1, 2, 3.5, 10**6, 10**30, 10**4299, -(2**63), 1e308, float("nan"), "", "x", "full",
+        "x" * 10_000, [], {}, [[]], ["full"], {"rope_theta": -1}, [0, 8], [8, 0], "F32", "BF16", "F8_E4M3",
+        "glm_moe_dsa"]
 
 
 def corrupt_json(value, chance):
