@@ -1,5 +1,7 @@
+import copy
 import dataclasses
 import doctest
+import functools
 import json
 import math
 
@@ -51,6 +53,10 @@ def sampled(ids, version=0):
     return Turn([QUESTION], ANSWER, (), Completion(ids, [-1] * len(ids), [version] * len(ids), "stop"))
 
 
+def nested(levels):
+    return functools.reduce(lambda inner, _: [inner], range(levels - 1), [])
+
+
 def failed(id="t-9"):
     return trajectory(id, end="failed", failure=Failure(FailureReason.ENGINE, "generate"))
 
@@ -97,6 +103,12 @@ def test_a_record_owns_its_messages():
     assert turn.messages[0]["content"] == [{"text": "a"}]
 
 
+def test_messages_are_kept_up_to_the_deepest():
+    one = trajectory(turns=[Turn([QUESTION], {**ANSWER, "a": nested(127)})])
+    assert from_json(Trajectory, to_json(one)) == one
+    assert copy.deepcopy(one) == one
+
+
 def test_a_record_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         trajectory().seed = 1
@@ -120,6 +132,8 @@ BROKEN = {
     "no role": (lambda: Turn([QUESTION, {}], ANSWER), r"Turn\.messages\[1\]: expected a message with a role"),
     "not json": (lambda: Turn([QUESTION], {**ANSWER, "a": [{1}]}), r"Turn\.reply\.a\[0\]: expected a JSON value"),
     "not json key": (lambda: Turn([QUESTION], {**ANSWER, "a": {1: 2}}), r"Turn\.reply\.a: expected strings"),
+    "nested too deep": (lambda: Turn([QUESTION], {**ANSWER, "a": nested(128)}),
+                        r"Turn\.reply\.a\[0\].*at most 128 levels"),
     "nan inside": (lambda: Turn([QUESTION], ANSWER, info={"a": math.nan}), r"Turn\.info\.a: expected a JSON value"),
     "prompt alone": (lambda: Turn([QUESTION], ANSWER, prompt=(1,)), r"Turn\.prompt: expected no ids"),
     "infinite reward": (lambda: Turn([QUESTION], ANSWER, reward=math.inf), r"Turn\.reward: expected a finite"),

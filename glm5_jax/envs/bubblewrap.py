@@ -97,10 +97,13 @@ def launch(command: Sequence[str], limits: Limits, files: Mapping[str, bytes], e
                 raise _unavailable(stderr) from error
             raise
 
-        def exit_code(code: int, stderr: str) -> int:
-            # bubblewrap reports an exit code only where the command got to run.
-            if b"exit-code" in _rest(status):
-                return code
+        def exit_code(code: int, stderr: str) -> int | None:
+            # bubblewrap reports an exit code only where the command got to run, and gives a reason where it did not.
+            for line in _rest(status).splitlines():
+                if "exit-code" in (report := json.loads(line)):
+                    return report["exit-code"]
+            if code < 0 or not stderr.startswith("bwrap:"):
+                return None
             if stderr.startswith("bwrap: execvp"):
                 return 127
             raise _unavailable(stderr)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import numbers
 import os
 import resource
 import secrets
@@ -16,32 +17,39 @@ MIB = 2**20
 # Address space is not memory: where nothing better is at hand, one process may reserve this many times its memory.
 _RESERVE = 4
 _PAGE = resource.getpagesize()
+# Measured: with less, the sandbox itself cannot be set up.
+_LEAST = {"memory_bytes": MIB, "processes": 2, "file_bytes": 4096, "open_files": 32}
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one sandbox may use. Each number must be positive."""
+    """What one sandbox may use; all but the seconds are integers. Below the least values named nothing starts."""
 
     wall_s: float = 10.0
     """Seconds of `run`, or of one `exchange`, before the whole tree is killed."""
     cpu_s: float = 60.0
     """Processor seconds of each process, over its whole life."""
     memory_bytes: int = 512 * MIB
-    """Memory of the whole tree; with a cgroup, files in the sandbox count too."""
+    """Memory of the whole tree; with a cgroup, files in the sandbox count too. 1 MiB at least; Python takes 8."""
     processes: int = 64
-    """Processes and threads at one time, one of bubblewrap's own included; more cannot be started."""
+    """Processes and threads at one time, one of bubblewrap's own included; more cannot be started. 2 at least."""
     output_bytes: int = MIB
     """Bytes kept of stdout and of stderr, each."""
     file_bytes: int = 64 * MIB
-    """Size of one file, and of each of the three writable folders: /work, /tmp, /dev/shm."""
+    """Size of one file, and of each of the three writable folders: /work, /tmp, /dev/shm. 4096 at least."""
     open_files: int = 256
-    """Open files of each process."""
+    """Open files of each process; 32 at least, and one more for each file that a command is given."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not value > 0:
-                raise ValueError(f"Limits.{field.name}: expected a positive number, found {value!r}")
+            if field.name in ("wall_s", "cpu_s"):
+                if not 0 < value < math.inf:
+                    raise ValueError(f"Limits.{field.name}: expected a positive, finite number, found {value!r}")
+                continue
+            least = _LEAST.get(field.name, 1)
+            if not isinstance(value, numbers.Integral) or value < least:
+                raise ValueError(f"Limits.{field.name}: expected an integer from {least} up, found {value!r}")
 
 
 class SandboxUnavailable(RuntimeError):

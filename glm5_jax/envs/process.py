@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import enum
+import math
 import os
 import resource
 import selectors
@@ -36,6 +37,8 @@ class Outcome(enum.StrEnum):
     """By the limit on output."""
     BLOCKED = "blocked"
     """By SIGSYS: it made a system call that the sandbox forbids, or runs a shell whose last command did."""
+    KILLED = "killed"
+    """From outside: somebody killed the sandbox itself, or the thread that started it has ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Result:
 
     outcome: Outcome
     returncode: int | None
-    """As a shell tells it: 0 to 255, 128 + the number of the signal that killed it; None where a limit did."""
+    """As a shell tells it: 0 to 255, 128 + the number of the signal that killed it; None where a limit did, or somebody
+    from outside."""
     stdout: str
     stderr: str
     """Both cut at the limit on output, and decoded as UTF-8 with U+FFFD for what is not."""
@@ -75,9 +79,10 @@ class Process:
     """
 
     def __init__(self, popen: subprocess.Popen, limits: Limits, *, leader: int, kill: Callable[[], None], meter: Meter,
-                 exit_code: Callable[[int, str], int], resources: contextlib.ExitStack) -> None:
+                 exit_code: Callable[[int, str], int | None], resources: contextlib.ExitStack) -> None:
         """`leader`: pidfd of the process whose end is the end of the tree. `kill` kills the tree. `exit_code` makes
-        Popen's return code, given stderr, into a shell's. `resources` are closed when all is over."""
+        Popen's return code, given stderr, into a shell's, or None for a tree killed from outside. `resources` are
+        closed when all is over."""
         assert popen.stdin and popen.stdout and popen.stderr
         self._popen, self._limits, self._leader, self._kill = popen, limits, leader, kill
         self._meter, self._exit_code, self._resources = meter, exit_code, resources
@@ -118,8 +123,10 @@ class Process:
         """Sends a line and waits for one on stdout, `wall_s` seconds at most (default: the limit of that name).
 
         A limit that is hit kills the tree; on stderr, what is over the limit is dropped instead. Raises ValueError for
-        a line end within the line or a process that has ended.
+        a line end within the line, a time that is not finite, or a process that has ended.
         """
+        if wall_s is not None and not math.isfinite(wall_s):
+            raise ValueError(f"wall_s: expected a finite number of seconds, found {wall_s!r}")
         if "\n" in line:
             raise ValueError("line: expected no line end within it")
         if self._closed:
@@ -209,10 +216,12 @@ class Process:
             code = self._reap()
             if self._meter.exceeded(self._largest):
                 return Outcome.MEMORY, None
-            code = self._exit_code(code, self._stderr.text())
-            if code == 128 + signal.SIGXCPU:
+            shells = self._exit_code(code, self._stderr.text())
+            if shells is None:
+                return Outcome.KILLED, None
+            if shells == 128 + signal.SIGXCPU:
                 return Outcome.TIMEOUT, None
-            return (Outcome.BLOCKED if code == 128 + signal.SIGSYS else Outcome.EXIT), code
+            return (Outcome.BLOCKED if shells == 128 + signal.SIGSYS else Outcome.EXIT), shells
 
     def _reap(self) -> int:
         """Kills what is left, and waits for the child as Popen.wait does, but learns the largest process's size too."""
@@ -223,9 +232,13 @@ class Process:
                     selector.register(self._leader, selectors.EVENT_READ)
                     selector.select(_KILL_S)
                 # Popen.kill would first look whether the child has ended, and take its status away.
-                os.kill(self._popen.pid, signal.SIGKILL)
-            _, status, usage = os.wait4(self._popen.pid, 0)
-            self._largest = usage.ru_maxrss * 1024 if usage.ru_maxrss > self._inherited else 0
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._popen.pid, signal.SIGKILL)
+            status = 0
+            # Where SIGCHLD is ignored, the kernel keeps no status; Popen takes it for 0 too.
+            with contextlib.suppress(ChildProcessError):
+                _, status, usage = os.wait4(self._popen.pid, 0)
+                self._largest = usage.ru_maxrss * 1024 if usage.ru_maxrss > self._inherited else 0
             self._code = self._popen.returncode = os.waitstatus_to_exitcode(status)
         return self._code
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pickle
+import secrets
 import sys
 import threading
 import types
@@ -22,7 +23,7 @@ from typing import Any
 
 from glm5_jax.envs import plain, rubric_worker
 from glm5_jax.envs.confine import Limits
-from glm5_jax.envs.process import Outcome, Process
+from glm5_jax.envs.process import Outcome, Process, Reply
 
 RewardFunction = Callable[..., float]
 
@@ -111,25 +112,27 @@ class Rubric:
             request = _pack([function], self._limits.wall_s, arguments, keywords)
         except Exception as error:
             raise ValueError(f"score: expected arguments that can be pickled, found {error}") from error
-        reply = None
-        if self._worker is None:
-            self._worker = self._start()
-            # Imports are not the first function's time.
-            everything = [other for _, other, _ in self._parts]
-            reply = self._worker.exchange(_pack(everything, _START_S, None, {}), wall_s=_START_S)
-        if reply is None or reply.outcome is None:
-            reply = self._worker.exchange(request)
-        if reply.outcome is not None:
-            self._stop()
-            failure = {Outcome.TIMEOUT: PartFailure.TIMEOUT, Outcome.MEMORY: PartFailure.MEMORY}
-            code = "" if reply.returncode is None else f", code {reply.returncode}"
-            return 0.0, failure.get(reply.outcome, PartFailure.CRASH), f"{reply.outcome}{code}: {reply.stderr[-1000:]}"
+        requests = [(request, self._limits.wall_s)]
+        answer: dict[str, Any] = {}
         try:
-            answer = json.loads(reply.line or "")
-            value, problem = answer.get("value"), answer.get("error")
-        except (ValueError, AttributeError):
+            if self._worker is None:
+                self._worker = self._start()
+                # Imports are not the first function's time.
+                everything = [other for _, other, _ in self._parts]
+                requests.insert(0, (_pack(everything, _START_S, None, {}), _START_S))
+            for text, seconds in requests:
+                number = secrets.token_hex(16)
+                reply = self._worker.exchange(f"{number} {text}", wall_s=seconds)
+                read = _read(reply.line, number)
+                if reply.outcome is not None or read is None:
+                    self._stop()
+                    return 0.0, *_failure(reply)
+                answer = read
+        except BaseException:
+            # A worker that may still answer this call is of no use for the next one.
             self._stop()
-            return 0.0, PartFailure.CRASH, f"expected a JSON object, found {(reply.line or '')[:1000]!r}"
+            raise
+        value, problem = answer.get("value"), answer.get("error")
         if problem is not None:
             return 0.0, PartFailure.ERROR, str(problem)
         if not isinstance(value, float) or not 0 <= value <= 1:
@@ -145,6 +148,24 @@ class Rubric:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+
+def _read(line: str | None, number: str) -> dict[str, Any] | None:
+    """The reply to request `number`, or None for what is another one or none."""
+    try:
+        answer = json.loads(line or "")
+    except (ValueError, RecursionError):
+        return None
+    return answer if isinstance(answer, dict) and answer.get("id") == number else None
+
+
+def _failure(reply: Reply) -> tuple[PartFailure, str]:
+    if reply.outcome is None:
+        found = (reply.line or "")[:1000]
+        return PartFailure.CRASH, f"expected a JSON object that answers this call, found {found!r}"
+    failure = {Outcome.TIMEOUT: PartFailure.TIMEOUT, Outcome.MEMORY: PartFailure.MEMORY}
+    code = "" if reply.returncode is None else f", code {reply.returncode}"
+    return failure.get(reply.outcome, PartFailure.CRASH), f"{reply.outcome}{code}: {reply.stderr[-1000:]}"
 
 
 def _pack(functions: list[RewardFunction], seconds: float, arguments: tuple | None, keywords: dict) -> str:

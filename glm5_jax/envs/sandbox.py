@@ -6,7 +6,10 @@ host, not even its environment. It has no network but a loopback of its own, and
 user namespaces. Inside it is nobody; for the host's kernel it is the user who runs this, or nobody where that is
 root; it has no capabilities and no way to gain any. A filter takes away the system calls that lead out of a sandbox.
 Time, memory, processes, files and output are bounded, and when the command ends or hits a limit, everything it started
-is killed before the result is returned. Should this process itself be killed, its guests die with it.
+is killed before the result is returned. Should this process itself be killed, the kernel kills bubblewrap and with it
+the guest; three things may stay behind: a bubblewrap that waits to be let go and never ran the command, empty folders
+of cgroups, and, until its own limit on processor time, a guest that was being let go in that very moment or that has
+tampered with its process 1.
 
 What is not. The guest talks to the host's kernel: an error in it, or in the processor (caches, timing), is a way out;
 where that matters, run the sandbox in a virtual machine. All that everybody may read below /usr and the Python's own
@@ -33,6 +36,12 @@ __all__ = ["Limits", "Outcome", "Process", "Reply", "Result", "Sandbox", "Sandbo
 
 # Each file is a descriptor of the process that starts the sandbox.
 _MOST_FILES = 128
+# What bubblewrap itself opens, with room to spare.
+_OWN_FILES = 32
+_LONGEST_NAME = 255
+_LONGEST_PATH = 4000
+# The kernel's limit for one argument, and for one variable with its name, the final NUL included.
+_LONGEST_ARGUMENT = 2**17
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -58,6 +67,13 @@ class Sandbox:
         for inside in self.read_only:
             if not inside.startswith("/") or ".." in PurePosixPath(inside).parts:
                 raise ValueError(f"Sandbox.read_only: expected absolute paths inside, found {inside!r}")
+        for name, value in self.env.items():
+            if not name or "=" in name or "\0" in name + value:
+                raise ValueError(f"Sandbox.env: expected names without = and NUL, and values without NUL, found "
+                                 f"{name!r}: {value[:100]!r}")
+            if len(f"{name}={value}".encode()) >= _LONGEST_ARGUMENT:
+                raise ValueError(f"Sandbox.env: expected less than {_LONGEST_ARGUMENT} bytes each, found more in "
+                                 f"{name[:100]!r}; pass it as a file")
         if self.mode == "subprocess":
             if self.read_only:
                 raise ValueError("Sandbox.read_only: a plain subprocess sees the whole host; leave it empty")
@@ -84,9 +100,12 @@ class Sandbox:
         """Starts a command to talk to; leave its `with` block and all it started is killed. Arguments as for `run`."""
         if isinstance(command, (str, bytes)) or not command:
             raise ValueError(f"command: expected a list such as ['python', 'main.py'], found {command!r}")
-        for text in (*command, *self.env, *self.env.values()):
+        for text in command:
             if "\0" in text:
-                raise ValueError(f"command and env: expected text without NUL characters, found {text!r}")
+                raise ValueError(f"command: expected text without NUL characters, found {text!r}")
+            if len(os.fsencode(text)) >= _LONGEST_ARGUMENT:
+                raise ValueError(f"command: expected less than {_LONGEST_ARGUMENT} bytes in each argument, found more "
+                                 f"in the one that begins {text[:100]!r}; pass it as a file")
         content = self._checked(files)
         if self.mode == "subprocess":
             return plain.launch(command, self.limits, content, self.env)
@@ -94,11 +113,24 @@ class Sandbox:
                                  self.read_only)
 
     def _checked(self, files: Mapping[str, str | bytes]) -> dict[str, bytes]:
-        content = {name: data.encode() if isinstance(data, str) else data for name, data in files.items()}
-        for name in content:
+        content: dict[str, bytes] = {}
+        for name, data in files.items():
             path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
-                raise ValueError(f"files: expected paths within the working directory, found {name!r}")
+            if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name or name.endswith("/"):
+                raise ValueError(f"files: expected paths of files within the working directory, found {name!r}")
+            if len(name.encode()) > _LONGEST_PATH or any(len(part.encode()) > _LONGEST_NAME for part in path.parts):
+                raise ValueError(f"files: expected names of {_LONGEST_NAME} and paths of {_LONGEST_PATH} bytes at most,"
+                                 f" found {name!r}")
+            if str(path) in content:
+                raise ValueError(f"files: expected each path once, found {name!r} a second time")
+            content[str(path)] = data.encode() if isinstance(data, str) else data
+        for name in content:
+            for parent in map(str, PurePosixPath(name).parents):
+                if parent in content:
+                    raise ValueError(f"files: expected {parent!r} to be a file or a folder, found it beside {name!r}")
+        if len(content) + _OWN_FILES > self.limits.open_files:
+            raise ValueError(f"files: expected {self.limits.open_files - _OWN_FILES} at most with "
+                             f"Limits.open_files={self.limits.open_files}, found {len(content)}")
         total = sum(map(len, content.values()))
         if len(content) > _MOST_FILES or total > self.limits.file_bytes:
             raise ValueError(f"files: expected {_MOST_FILES} files and Limits.file_bytes={self.limits.file_bytes} bytes"

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import json
+import math
 import secrets
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class CallOutcome(enum.StrEnum):
     BLOCKED = "blocked"
     EXIT = "exit"
     """The interpreter ended: the code crashed it, or called os._exit."""
+    KILLED = "killed"
+    """Somebody killed the interpreter from outside, or the thread that started it has ended."""
     PROTOCOL = "protocol"
     """The code interfered with the channel on which replies come."""
 
@@ -51,6 +54,7 @@ _LOST = {
     CallOutcome.OUTPUT: "the reply was too long",
     CallOutcome.BLOCKED: "the code made a system call that is forbidden here",
     CallOutcome.EXIT: "the interpreter ended with code {returncode}",
+    CallOutcome.KILLED: "the interpreter was killed from outside, or the thread that started it has ended",
     CallOutcome.PROTOCOL: "the code interfered with the interpreter's own input or output",
 }
 
@@ -67,7 +71,7 @@ class CallResult:
     error: str | None = None
     """The traceback, or why the interpreter's state is lost."""
     truncated: bool = False
-    """Output, beyond the limit, was dropped."""
+    """Output, value or traceback was longer than the limit, and cut."""
 
     @property
     def state_kept(self) -> bool:
@@ -75,10 +79,9 @@ class CallResult:
 
     def text(self) -> str:
         """The tool message for the model."""
-        parts = [self.output.rstrip("\n")]
+        parts = [self.output.rstrip("\n"), self.value or "", (self.error or "").rstrip("\n")]
         if self.truncated:
-            parts.append(f"[output cut after {len(self.output)} characters]")
-        parts += [self.value or "", (self.error or "").rstrip("\n")]
+            parts.append(f"[cut to {max(map(len, (self.output, self.value or '', self.error or '')))} characters]")
         return "\n".join(part for part in parts if part)
 
 
@@ -93,8 +96,10 @@ class PythonTool:
     definition = DEFINITION
 
     def __init__(self, sandbox: Sandbox | None = None, *, call_s: float = 10.0, output_chars: int = 10_000) -> None:
-        if not call_s > 0 or not output_chars > 0:
-            raise ValueError(f"call_s and output_chars: expected positive numbers, found {call_s} and {output_chars}")
+        if not 0 < call_s < math.inf:
+            raise ValueError(f"call_s: expected a positive, finite number, found {call_s!r}")
+        if not isinstance(output_chars, int) or output_chars < 1:
+            raise ValueError(f"output_chars: expected a positive integer, found {output_chars!r}")
         self._sandbox = Sandbox() if sandbox is None else sandbox
         self._call_s, self._output_chars = call_s, output_chars
         self._process: Process | None = None
@@ -113,25 +118,33 @@ class PythonTool:
 
     def call(self, code: str) -> CallResult:
         """Runs `code` in the interpreter. Raises SandboxUnavailable where this machine cannot make a sandbox."""
-        if self._process is None:
-            source = Path(python_driver.__file__).read_text(encoding="utf-8")
-            self._process = self._sandbox.start(["python", "-u", "-c", source])
-            ready = self._ask("", _START_S)
-            if ready.outcome is not CallOutcome.OK:
-                return ready
-        return self._ask(code, self._call_s)
+        try:
+            if self._process is None:
+                source = Path(python_driver.__file__).read_text(encoding="utf-8")
+                self._process = self._sandbox.start(["python", "-u", "-c", source])
+                ready = self._ask("", _START_S)
+                if ready.outcome is not CallOutcome.OK:
+                    return ready
+            return self._ask(code, self._call_s)
+        except BaseException:
+            # The interpreter may be gone, or may still answer this call: the next one needs another.
+            self.close()
+            raise
 
     def _ask(self, code: str, seconds: float) -> CallResult:
         assert self._process is not None
-        number = secrets.token_hex(16)
-        request = json.dumps({"id": number, "code": code, "longest": self._output_chars})
+        number, longest = secrets.token_hex(16), self._output_chars
+        # One character more than is kept tells what was cut; nor is the guest trusted to cut at all.
+        request = json.dumps({"id": number, "code": code, "longest": longest + 1})
         reply = self._process.exchange(request, wall_s=seconds)
-        output = reply.stderr[:self._output_chars]
+        output = reply.stderr[:longest]
         truncated = reply.truncated or len(reply.stderr) > len(output)
         answer = _read(reply.line, number)
         if reply.outcome is None and answer is not None:
-            outcome = CallOutcome.OK if answer["error"] is None else CallOutcome.ERROR
-            return CallResult(outcome, output, answer["value"], answer["error"], truncated)
+            value, error = answer["value"], answer["error"]
+            truncated = truncated or any(len(text or "") > longest for text in (value, error))
+            return CallResult(CallOutcome.OK if error is None else CallOutcome.ERROR, output,
+                              value and value[:longest], error and error[-longest:], truncated)
         self.close()
         outcome = CallOutcome.PROTOCOL if reply.outcome is None else CallOutcome(reply.outcome)
         why = _LOST[outcome].format(call_s=seconds, memory_mib=self._sandbox.limits.memory_bytes // 2**20,
@@ -149,4 +162,7 @@ def _read(line: str | None, number: str) -> dict[str, str | None] | None:
     if not isinstance(reply, dict) or reply.get("id") != number:
         return None
     fields = {name: reply.get(name) for name in ("value", "error")}
-    return fields if all(text is None or isinstance(text, str) for text in fields.values()) else None
+    if not all(text is None or isinstance(text, str) for text in fields.values()):
+        return None
+    # JSON may hold lone surrogates, which no file and no tokenizer takes.
+    return {name: text and text.encode("utf-8", "backslashreplace").decode() for name, text in fields.items()}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 Message = dict[str, Any]  # any JSON object
+NESTING = 128  # levels of lists and objects in a `Message`: it is copied and compared by recursion
 R = TypeVar("R", bound="Record")
 
 
@@ -109,14 +110,16 @@ def _checked(value: Any, kind: Any, name: str) -> Any:
     return kind(**{field: _checked(item, kinds[field], f"{name}.{field}") for field, item in value.items()})
 
 
-def _json_copy(value: Any, name: str) -> Any:
+def _json_copy(value: Any, name: str, levels: int = NESTING) -> Any:
     """A deep copy of `value` with plain dicts and lists, so that the record owns it; raises where JSON has no such."""
+    if levels == 0 and isinstance(value, (Mapping, list, tuple)):
+        raise ValueError(f"{name}: expected at most {NESTING} levels of lists and objects, found more")
     if isinstance(value, Mapping):
         if wrong := [key for key in value if type(key) is not str]:
             raise TypeError(f"{name}: expected strings as keys, found {wrong[0]!r}")
-        return {key: _json_copy(item, f"{name}.{key}") for key, item in value.items()}
+        return {key: _json_copy(item, f"{name}.{key}", levels - 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_copy(item, f"{name}[{i}]") for i, item in enumerate(value)]
+        return [_json_copy(item, f"{name}[{i}]", levels - 1) for i, item in enumerate(value)]
     if value is None or type(value) in (str, bool, int):
         return value
     if type(value) is float and math.isfinite(value):

@@ -7,13 +7,14 @@ a message happens to contain; of the readings that a text allows, the one is tak
 from typing import Any, Iterable, Iterator, Sequence
 
 from glm5_jax.text import values
-from glm5_jax.text.grammar import Kind, Mode, State, collect, run, step
+from glm5_jax.text.grammar import Fault, Kind, Mode, State, collect, run, step
 from glm5_jax.text.segments import PREFIX, ROLE_OF, Segment, join
 from glm5_jax.text.template import ChatError
 from glm5_jax.text.tokenizer import EOS
 
 # Reasoning that renders as `<think></think>`; the empty string renders as a lone `</think>`.
 EMPTY_THOUGHT = "\n"
+Place = tuple[int, Mode, tuple[str, ...] | None]  # before which segment, inside of what, after which arguments
 # What ends each stretch that may hold any marker.
 CLOSING = {Mode.KEY: "</arg_key>", Mode.VALUE: "</arg_value>"}
 
@@ -102,24 +103,42 @@ def _calls_start(answer: list[Segment], any_space: bool) -> int:
     Without `any_space` a run does not begin behind white space, where the template never prints a call.
     """
     last = {segment.text: index for index, segment in enumerate(answer) if segment.marker}
+    lost: set[Place] = set()
     for start, segment in enumerate(answer):
         if not _is(segment, "<tool_call>") or not (any_space or _stripped(answer, 0, start)):
             continue
-        if _only_calls(answer, start, last):
+        if _only_calls(answer, start, last, lost):
             return start
     return len(answer)
 
 
-def _only_calls(answer: list[Segment], start: int, last: dict[str, int]) -> bool:
-    state = State(Mode.AFTER_CALL)
+def _only_calls(answer: list[Segment], start: int, last: dict[str, int], lost: set[Place]) -> bool:
+    """Whether nothing but well-formed calls stands from `start` on.
+
+    `lost` holds the places from where that was found to be wrong, and gets those passed here. What follows a place is
+    settled by its mode alone, unless it is that an argument is given twice; then the arguments before it matter too.
+    """
+    state, duplicate = State(Mode.AFTER_CALL), False
+    passed: list[Place] = []
     for index in range(start, len(answer)):
+        place = (index, state.mode, state.keys)
+        duplicate = place in lost
         closing = CLOSING.get(state.mode)
-        if closing and index > last.get(closing, -1):  # or every start would read on to the end
-            return False
+        if duplicate or (index, state.mode, None) in lost or closing and index > last.get(closing, -1):
+            break
+        passed.append(place)
         state, events = step(state, answer[index])
-        if any(event.kind is Kind.FAULT for event in events):
-            return False
-    return state.mode is Mode.AFTER_CALL
+        faults = [event.fault for event in events if event.kind is Kind.FAULT]
+        if faults:
+            duplicate = Fault.DUPLICATE_ARGUMENT in faults
+            break
+    else:
+        if state.mode is Mode.AFTER_CALL:
+            return True
+    # The key that is being read is no part of a place, and may be the one that is given twice.
+    lost.update([place for place in passed if place[1] is not Mode.KEY] if duplicate else
+                [(index, mode, None) for index, mode, _ in passed])
+    return False
 
 
 def _calls(segments: list[Segment]) -> list[tuple[str, dict[str, Any]]]:

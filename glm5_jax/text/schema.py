@@ -47,11 +47,15 @@ def check(schema: Any, where: str = "schema") -> None:
             case "type":
                 names = wanted if isinstance(wanted, (list, tuple)) and wanted else [wanted]
                 sound, expected = all(name in list(TYPES) for name in names), f"some of {list(TYPES)}"
-            case "enum" | "required" | "anyOf":
+            case "required":
+                sound = isinstance(wanted, (list, tuple)) and all(isinstance(name, str) for name in wanted)
+                expected = "a list of names"
+            case "enum" | "anyOf":
                 sound, expected = isinstance(wanted, (list, tuple)), "a list"
                 inner = dict(enumerate(wanted)) if sound and keyword == "anyOf" else {}
             case "properties":
-                sound, expected = isinstance(wanted, Mapping), "an object of schemas"
+                sound = isinstance(wanted, Mapping) and all(isinstance(name, str) for name in wanted)
+                expected = "an object of schemas by name"
                 inner = wanted if sound else {}
             case "items" | "additionalProperties":
                 sound, expected, inner = True, "", {"": wanted}

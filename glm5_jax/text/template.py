@@ -4,6 +4,7 @@ Everything that is printed, learned or tokenised comes out of the one generator 
 """
 
 import dataclasses
+import reprlib
 from typing import Any, Iterator, Mapping, Sequence
 
 from glm5_jax.text import values
@@ -70,16 +71,20 @@ def segments(
         yield from map(_marker, ("<|assistant|>", "<think>" if enable_thinking else "</think>"))
 
 
+def _found(value: Any) -> str:
+    return reprlib.repr(value)[:40]  # `repr` itself fails for what is nested too deep
+
+
 def _marker(text: str, trained: bool = False) -> Segment:
     return Segment(text, marker=True, trained=trained)
 
 
 def _role(message: Any, index: int) -> str:
     if not isinstance(message, Mapping):
-        raise ChatError(f"messages[{index}]", "a dict with a role and a content", repr(message))
+        raise ChatError(f"messages[{index}]", "a dict with a role and a content", _found(message))
     role = message.get("role")
     if not isinstance(role, str) or role not in MARKER_OF:
-        raise ChatError(f"messages[{index}].role", f"one of {list(MARKER_OF)}", repr(role))
+        raise ChatError(f"messages[{index}].role", f"one of {list(MARKER_OF)}", _found(role))
     if role != "assistant" and "weight" in message:
         raise ChatError(f"messages[{index}].weight", "a weight on assistant messages alone (nothing else is learned)",
                         f"one on role {role!r}")
@@ -89,7 +94,7 @@ def _role(message: Any, index: int) -> str:
 def _learned(message: Message, where: str) -> bool:
     weight = message.get("weight", 1)
     if weight not in (0, 1):
-        raise ChatError(f"{where}.weight", "0 (kept in context, not learned) or 1", repr(weight))
+        raise ChatError(f"{where}.weight", "0 (kept in context, not learned) or 1", _found(weight))
     return bool(weight)
 
 
@@ -121,7 +126,7 @@ def _tools_block(tools: Sequence[Mapping[str, Any]]) -> Iterator[Segment]:
     lines = []
     for index, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
-            raise ChatError(f"tools[{index}]", "a dict that describes a function", repr(tool))
+            raise ChatError(f"tools[{index}]", "a dict that describes a function", _found(tool))
         lines.append(_json(tool, f"tools[{index}]") + "\n")
     yield _marker("<|system|>")
     yield Segment(TOOLS_HEAD + "".join(lines) + TOOLS_TAIL)
@@ -132,7 +137,7 @@ def _tools_block(tools: Sequence[Mapping[str, Any]]) -> Iterator[Segment]:
 def _json(value: Any, where: str) -> str:
     try:
         return values.printed(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ChatError(where, "what JSON can say", error) from error
 
 
@@ -168,12 +173,12 @@ def _thought_and_content(message: Message, where: str) -> tuple[str, str]:
 def _call(call: Any, where: str) -> Iterator[Segment]:
     inner = call.get("function") or call if isinstance(call, Mapping) else call
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
-        raise ChatError(where, "a dict with a name and arguments, or one under 'function'", repr(call))
+        raise ChatError(where, "a dict with a name and arguments, or one under 'function'", _found(call))
     yield _marker("<tool_call>", trained=True)
     yield Segment(inner["name"], trained=True)
     for key, value in _arguments(inner, f"{where}.arguments").items():
         if not isinstance(key, str):
-            raise ChatError(f"{where}.arguments", "string keys", repr(key))
+            raise ChatError(f"{where}.arguments", "string keys", _found(key))
         yield _marker("<arg_key>", trained=True)
         yield Segment(key, trained=True)
         yield _marker("</arg_key>", trained=True)
@@ -189,7 +194,7 @@ def _arguments(call: Message, where: str) -> Mapping[str, Any]:
         try:
             arguments = values.load(arguments)
         except ValueError as error:
-            raise ChatError(where, "a dict, or the JSON text of an object", repr(arguments)) from error
+            raise ChatError(where, "a dict, or the JSON text of an object", _found(arguments)) from error
     if arguments is None:
         return {}
     if not isinstance(arguments, Mapping):

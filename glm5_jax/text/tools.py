@@ -100,7 +100,8 @@ def _function(tool: Any) -> Any:
 
 
 def _parameters(function: Mapping[str, Any]) -> Any:
-    return function.get("parameters") or {}
+    parameters = function.get("parameters")
+    return {} if parameters is None else parameters
 
 
 def _typed(call: RawCall, tools: Sequence[Tool] | None) -> tuple[dict[str, Any], list[Problem]]:

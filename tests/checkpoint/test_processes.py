@@ -28,6 +28,7 @@ PROGRAM = """
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
     import glm5_jax as glm5
     from glm5_jax.checkpoint import hf_config, sources
+    from glm5_jax.checkpoint.errors import CheckpointError
     from glm5_jax.checkpoint.store import Store
     from glm5_jax.core.mesh import make_mesh
 
@@ -40,6 +41,12 @@ PROGRAM = """
         store.save(3, {"params": params}, None)
     restored = sources.open_source(f"{root}/store_of_one").load(mesh=mesh)
     glm5.save_hf(f"{root}/restored_by_two", config, restored)
+    try:  # the first process alone sees the fault; both say so, and neither waits for the other
+        glm5.save_hf(f"{root}/never", config, params, companions=["no such file"])
+    except (FileNotFoundError, CheckpointError) as error:
+        assert isinstance(error, CheckpointError) == (process == 1)
+    else:
+        raise AssertionError("expected an error")
 """
 
 

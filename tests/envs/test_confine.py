@@ -8,7 +8,7 @@ import pytest
 
 from glm5_jax.envs.confine import Limits, SandboxUnavailable, Watch, find_program, open_cgroup, rlimit_command
 
-LIMITS = Limits(memory_bytes=1000, processes=7)
+LIMITS = Limits(memory_bytes=2_000_000, processes=7)
 
 
 def hierarchy(tmp_path, own: str, **files: str):
@@ -29,7 +29,7 @@ def test_version_1(tmp_path):
     group = open_cgroup(LIMITS, **where)
     memory, pids = group.folders
     assert (memory.parent, pids.parent) == (tmp_path / "fs/memory/a", tmp_path / "fs/pids")
-    assert content(memory) == {"memory.limit_in_bytes": "1000"}
+    assert content(memory) == {"memory.limit_in_bytes": "2000000"}
     assert content(pids) == {"pids.max": "7"}
     group.add(12)
     assert (memory / "cgroup.procs").read_text() == (pids / "cgroup.procs").read_text() == "12"
@@ -45,7 +45,7 @@ def test_version_2_beside_this_process(tmp_path):
     group = open_cgroup(LIMITS, **where)
     (folder,) = group.folders
     assert folder.parent == tmp_path / "fs/user"
-    assert content(folder) == {"memory.max": "1000", "memory.oom.group": "1", "pids.max": "7"}
+    assert content(folder) == {"memory.max": "2000000", "memory.oom.group": "1", "pids.max": "7"}
     (folder / "memory.events").write_text("low 0\noom 2\noom_kill 2\n")
     assert group.exceeded()
 
@@ -84,12 +84,23 @@ def test_watch_counts_the_tree_and_shared_pages_once():
     assert not Watch(process.pid, 100).exceeded()
 
 
-@pytest.mark.parametrize("name", ["wall_s", "memory_bytes", "processes", "output_bytes"])
+@pytest.mark.parametrize("name", ["wall_s", "cpu_s", "memory_bytes", "processes", "output_bytes"])
 def test_limits_are_positive(name):
     with pytest.raises(ValueError, match=name):
         Limits(**{name: 0})
     with pytest.raises(ValueError, match=name):
         Limits(**{name: float("nan")})
+    with pytest.raises(ValueError, match=name):
+        Limits(**{name: float("inf")})
+
+
+@pytest.mark.parametrize("name, least", [("memory_bytes", 2**20), ("processes", 2), ("file_bytes", 4096),
+                                         ("open_files", 32), ("output_bytes", 1)])
+def test_counts_are_integers_and_enough_to_start(name, least):
+    Limits(**{name: least})
+    for value in (least - 1, least + 0.5, float(least)):
+        with pytest.raises(ValueError, match=f"Limits.{name}: expected an integer from {least}"):
+            Limits(**{name: value})
 
 
 def test_a_missing_program_is_named(monkeypatch):

@@ -167,6 +167,10 @@ def test_a_token_limit_needs_a_count():
     assert env.calls == []
 
 
+def nested():
+    return functools.reduce(lambda inner, _: [inner], range(10_000), [])
+
+
 FAILURES = {
     "reset raises": ({"reset": raising(OSError("no disk"))}, None, "environment", "reset", "OSError: no disk", 0),
     "reset gives no pair": ({"reset": lambda: None}, None, "environment", "reset", "TypeError", 0),
@@ -186,6 +190,10 @@ FAILURES = {
     "generate is late": ({}, raising(TimeoutError("10 s")), "timeout", "generate", "TimeoutError: 10 s", 1),
     "generate gives none": ({}, lambda: None, "engine", "generate", "Turn.reply", 1),
     "generate gives a user": ({}, lambda: {"role": "user"}, "engine", "generate", "Turn.reply", 1),
+    "generate nests too deep": ({}, lambda: {"role": "assistant", "a": nested()}, "engine", "generate", "Turn.reply.a",
+                                1),
+    "step nests too deep": ({"step": lambda: Step((), info={"a": nested()})}, None, "environment", "step", "Turn.info",
+                            2),
     "tokens without role": ({}, lambda: Reply({}, [1]), "engine", "generate", "Turn.reply", 1),
     "first failure counts": ({"close": raising(OSError)}, lambda: 3, "engine", "generate", "Turn.reply", 1),
 }

@@ -64,6 +64,25 @@ def garbles(value):
     return value
 
 
+def answers_twice(value):
+    for fd in range(3, 20):
+        try:
+            os.write(fd, b'{"value": 0.5}\n')
+        except OSError:
+            pass
+    return value
+
+
+def forks(value):
+    if child := os.fork():
+        os.waitpid(child, 0)
+    return value
+
+
+def half(value):
+    return value / 2
+
+
 def grows(value):
     held = []
     while True:
@@ -97,6 +116,7 @@ def test_a_weighted_sum():
     (crashes, PartFailure.CRASH, "code 139"),
     (ends, PartFailure.CRASH, "last words"),
     (garbles, PartFailure.CRASH, "JSON object"),
+    (answers_twice, PartFailure.CRASH, "JSON object"),
 ])
 def test_a_failing_function_costs_its_own_points_alone(function, failure, detail):
     with Rubric([("before", constant, 1.0), ("bad", function, 1.0), ("after", constant, 1.0)], wall_s=WALL_S) as rubric:
@@ -108,9 +128,28 @@ def test_a_failing_function_costs_its_own_points_alone(function, failure, detail
 
 
 def test_a_function_has_its_time():
-    with Rubric([("hangs", hangs, 1.0), ("after", constant, 1.0)], wall_s=1) as rubric:
+    with Rubric([("first", hangs, 1.0), ("second", hangs, 1.0)], wall_s=0.5) as rubric:
         score = rubric.score(1)
-    assert (score.total, score.parts["hangs"].failure) == (1.0, PartFailure.TIMEOUT)
+    assert (score.total, {part.failure for part in score.parts.values()}) == (0.0, {PartFailure.TIMEOUT})
+
+
+def test_a_function_may_fork():
+    parts = [("before", process, 1.0), ("forks", forks, 1.0), ("half", half, 1.0), ("after", process, 1.0)]
+    with Rubric(parts, wall_s=WALL_S) as rubric:
+        for value in (1.0, 0.5, 0.25):
+            before, *found, after = (part.value for part in rubric.score(value).parts.values())
+            assert (found, after) == ([value, value / 2], before)
+
+
+def test_an_interrupted_call_is_not_answered_to_the_next(monkeypatch):
+    def interrupted(*arguments, **keywords):
+        raise KeyboardInterrupt
+    with Rubric([("process", process, 1.0)], wall_s=WALL_S) as rubric:
+        first = rubric.score(1).total
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(rubric._worker, "exchange", interrupted)
+            rubric.score(1)
+        assert rubric.score(1).total != first
 
 
 def test_a_function_has_its_memory():

@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -413,7 +414,24 @@ def test_nothing_is_left_open_in_this_process():
     run()
     before = set(os.listdir("/proc/self/fd"))
     run()
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
+
+
+@pytest.mark.parametrize("command, code", [("exit 3", 3), ("kill -9 $$", 137)])
+def test_a_host_may_ignore_the_end_of_its_children(command, code):
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        result = Sandbox(limits=ROOMY).run(["sh", "-c", command])
+        assert limited(wall_s=0.5).run(["sleep", "1000"]).outcome is Outcome.TIMEOUT
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert (result.outcome, result.returncode) == (Outcome.EXIT, code)
+
+
+def test_the_least_limits_are_enough_to_start(meter):
+    least = Limits(wall_s=60, memory_bytes=MIB, processes=2, file_bytes=4096, open_files=40)
+    result = Sandbox(limits=least).run(["true"], files={str(i): "" for i in range(8)})
+    assert (result.outcome, result.returncode) == (Outcome.EXIT, 0), result
 
 
 # Talking to a process.
@@ -449,6 +467,15 @@ def test_stderr_of_an_exchange_is_cut():
     with limited(output_bytes=1000).start(["sh", "-c", program]) as process:
         first, second = process.exchange("a"), process.exchange("b")
     assert [(len(r.stderr), r.truncated, r.line) for r in (first, second)] == [(1000, True, "ok")] * 2
+
+
+def test_a_sandbox_killed_from_outside_is_told(marker):
+    with Sandbox(limits=ROOMY).start(["sh", "-c", "read a; echo ready; sleep 1000", marker]) as process:
+        assert process.exchange("").line == "ready"
+        os.kill(process._popen.pid, signal.SIGKILL)
+        result = process.finish()
+    assert (result.outcome, result.returncode) == (Outcome.KILLED, None)
+    assert not running(marker)
 
 
 # Without bubblewrap.
@@ -510,8 +537,34 @@ def test_a_large_host_is_not_mistaken_for_a_large_guest():
     (lambda: Sandbox().run(["true"], files={"../up": ""}), "working directory"),
     (lambda: Sandbox().run(["true"], files={"/top": ""}), "working directory"),
     (lambda: Sandbox().run(["true"], files={str(i): "" for i in range(200)}), "128 files"),
-    (lambda: Sandbox(limits=Limits(file_bytes=10)).run(["true"], files={"a": "x" * 11}), "file_bytes=10"),
+    (lambda: Sandbox(limits=Limits(file_bytes=5000)).run(["true"], files={"a": "x" * 5001}), "file_bytes=5000"),
+    (lambda: Sandbox(limits=Limits(open_files=34)).run(["true"], files={"a": "", "b": "", "c": ""}), "open_files=34"),
+    (lambda: Sandbox().run(["true"], files={"a": "", "a/b/c": ""}), "files: expected 'a' to be a file or a folder"),
+    (lambda: Sandbox().run(["true"], files={"a": "", "./a": ""}), "files: .* found './a' a second time"),
+    (lambda: Sandbox().run(["true"], files={"a/": ""}), "files: .* found 'a/'"),
+    (lambda: Sandbox().run(["true"], files={"ä" * 128: ""}), "files: expected names of 255"),
+    (lambda: Sandbox().run(["true"], files={"/".join("a" * 2001): ""}), "paths of 4000"),
+    (lambda: Sandbox(env={"": "x"}), "Sandbox.env: expected names without ="),
+    (lambda: Sandbox(env={"A=B": "x"}), "Sandbox.env: .*'A=B'"),
+    (lambda: Sandbox(env={"A": "x\0"}), "Sandbox.env: .*values without NUL"),
+    (lambda: Sandbox(env={"A": "x" * 2**17}), "Sandbox.env: .*pass it as a file"),
+    (lambda: Sandbox().run(["true", "x" * 2**17]), "command: .*pass it as a file"),
 ])
 def test_wrong_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("wall_s", [float("nan"), float("inf")])
+def test_the_time_of_an_exchange_is_finite(wall_s):
+    with Sandbox(limits=ROOMY).start(["cat"]) as process:
+        with pytest.raises(ValueError, match="wall_s"):
+            process.exchange("a", wall_s=wall_s)
+        assert process.exchange("b").line == "b"
+
+
+def test_arguments_at_their_limits_pass():
+    sandbox = dataclasses.replace(limited(), env={"A": "x" * (2**17 - 3)})
+    result = sandbox.run(["sh", "-c", "cat */* && echo ${#A} ${#1}", "sh", "y" * (2**17 - 1)],
+                         files={f"{'ä' * 127}/./{'b' * 255}": "in\n"})
+    assert (result.stdout, result.stderr) == (f"in\n{2**17 - 3} {2**17 - 1}\n", "")

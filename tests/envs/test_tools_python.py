@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import select
+import signal
 import sys
+import threading
 
 import pytest
 
@@ -11,6 +15,11 @@ from glm5_jax.envs.tools_python import CallOutcome, PythonTool
 
 FORGE = "import os\nfor f in range(3, 20):\n  try: os.write(f, {} + b'\\n')\n  except OSError: pass"
 ROOMY = Limits(memory_bytes=200 * 2**20)
+
+
+def wait_for_end(tool):
+    """The kernel takes its time to kill; the call must not come before."""
+    assert select.select([tool._process._leader], [], [], 60)[0]
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +88,25 @@ def test_output_is_cut_and_the_state_stays():
         result = tool.call("x = 1\nprint('a' * 5_000_000)\n'b' * 5_000_000")
         assert (result.outcome, result.output, result.truncated) == ("ok", "a" * 100, True)
         assert len(result.value) == 100
-        assert "cut after 100 characters" in result.text()
+        assert "cut to 100 characters" in result.text()
         assert tool.call("x").text() == "1"
-        assert len(tool.call("raise ValueError('c' * 1000)").error) == 100
+        fits, cut = tool.call("'b' * 98"), tool.call("'b' * 99")
+        assert [(len(result.value), result.truncated) for result in (fits, cut)] == [(100, False), (100, True)]
+        failed = tool.call("raise ValueError('c' * 1000)")
+        assert (len(failed.error), failed.error[-2:], failed.truncated) == (100, "c\n", True)
+
+
+@pytest.mark.parametrize("key", ["value", "error"])
+def test_output_is_cut_whatever_the_code_replaces(key):
+    with PythonTool(Sandbox(limits=ROOMY), call_s=60, output_chars=100) as tool:
+        result = tool.call(f"import json\nold = json.dumps\njson.dumps = lambda x: old({{**x, '{key}': 'a' * 1000}})")
+        assert (getattr(result, key), result.truncated) == ("a" * 100, True)
+
+
+def test_text_can_be_encoded(shared):
+    result = shared.call("class A:\n    def __repr__(self): return '\\ud800'\nA()")
+    assert result.value == "\\ud800"
+    assert shared.call("raise ValueError('\\ud800')").error.endswith("ValueError: \\ud800\n")
 
 
 @pytest.mark.parametrize("code, outcome", [
@@ -109,9 +134,47 @@ def test_a_lost_interpreter_is_told_and_replaced(code, outcome):
 
 def test_a_call_has_its_time():
     with PythonTool(Sandbox(limits=ROOMY), call_s=0.5) as tool:
-        result = tool.call("print('begun', flush=True)\nwhile True: pass")
-        assert (result.outcome, result.output) == (CallOutcome.TIMEOUT, "begun\n")
+        result = tool.call("while True: pass")
+        assert result.outcome is CallOutcome.TIMEOUT
         assert "longer than 0.5 s" in result.text()
+
+
+def test_output_before_the_end_is_kept():
+    with PythonTool(Sandbox(limits=ROOMY), call_s=60) as tool:
+        result = tool.call("import os\nprint('begun', flush=True)\nos._exit(4)")
+        assert (result.outcome, result.output) == (CallOutcome.EXIT, "begun\n")
+
+
+def test_an_interpreter_killed_from_outside_is_told_and_replaced():
+    with PythonTool(Sandbox(limits=ROOMY), call_s=60) as tool:
+        assert tool.call("1").value == "1"
+        os.kill(tool._process._popen.pid, signal.SIGKILL)
+        wait_for_end(tool)
+        result = tool.call("2")
+        assert (result.outcome, result.state_kept) == (CallOutcome.KILLED, False)
+        assert "killed from outside" in result.text()
+        assert tool.call("3").value == "3"
+
+
+def test_an_interpreter_ends_with_its_thread_and_is_replaced():
+    with PythonTool(Sandbox(limits=ROOMY), call_s=60) as tool:
+        thread = threading.Thread(target=tool.call, args=("1",))
+        thread.start()
+        thread.join()
+        wait_for_end(tool)
+        assert tool.call("2").outcome is CallOutcome.KILLED
+        assert tool.call("3").value == "3"
+
+
+def test_an_interrupted_call_is_not_answered_to_the_next(monkeypatch):
+    def interrupted(*arguments, **keywords):
+        raise KeyboardInterrupt
+    with PythonTool(Sandbox(limits=ROOMY), call_s=60) as tool:
+        assert tool.call("x = 1").outcome is CallOutcome.OK
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(tool._process, "exchange", interrupted)
+            tool.call("x = 2")
+        assert tool.call("x").error.endswith("NameError: name 'x' is not defined\n")
 
 
 def test_the_definition_is_a_json_schema_of_call():
@@ -122,8 +185,12 @@ def test_the_definition_is_a_json_schema_of_call():
 
 
 def test_wrong_limits_are_named():
-    with pytest.raises(ValueError, match="call_s"):
-        PythonTool(call_s=0)
+    for call_s in (0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="call_s"):
+            PythonTool(call_s=call_s)
+    for output_chars in (0, 2.5):
+        with pytest.raises(ValueError, match="output_chars"):
+            PythonTool(output_chars=output_chars)
 
 
 def test_no_sandbox_is_an_error(monkeypatch, tmp_path):

@@ -4,13 +4,14 @@
 GLM-5 template (`chat_template.jinja`, 3,120 bytes, run by jinja2 3.1.6) made of it.
 """
 
+import functools
 import json
 import pathlib
 
 from hypothesis import given, settings, strategies as st
 import pytest
 
-from glm5_jax.text import chat, mask, segments, template
+from glm5_jax.text import chat, mask, segments, stream, template
 from glm5_jax.text.tokenizer import Tokenizer
 
 CASES = [json.loads(line) for line in
@@ -181,6 +182,20 @@ def test_what_cannot_be_rendered_is_named(match, messages):
     for function in (chat.render, chat.trained_spans):
         with pytest.raises(template.ChatError, match=match):
             function(messages)
+
+
+def test_what_is_nested_too_deep_or_long_is_named_and_cut():
+    deep = functools.reduce(lambda inner, _: [inner], range(100_000), [])
+    for message in (assistant("", "", call("f", a=deep)), assistant("", "", {"arguments": deep})):
+        with pytest.raises(template.ChatError, match=r"tool_calls\[0\].*: expected"):
+            chat.render([message])
+    for messages in (["x" * 10**6], [{"role": "x" * 10**6}], [assistant("", "", {"arguments": "x" * 10**6})],
+                     [assistant("", "", {"name": "f", "arguments": "{" * 10**6})]):
+        with pytest.raises(template.ChatError) as caught:
+            chat.render(messages)
+        assert len(str(caught.value)) < 200
+    with pytest.raises(template.ChatError, match=r"tools\[0\]: expected what JSON can say"):
+        chat.render([], [{"name": deep}])
 
 
 def test_tools_that_cannot_be_rendered_are_named():
@@ -381,6 +396,39 @@ def test_ids_decide_where_text_cannot(tokenizer):
         user("say <|user|>"), assistant("\nok \n", "r </think>\n", call("f")), user("x")]
     # The same as text: the typed markers cannot be told from the real ones.
     assert chat.parse(tokenizer.decode(sampled)) != chat.parse_ids(tokenizer, sampled)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(st.lists(st.sampled_from([
+    "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "a", "b", "<tool_call>f",
+    "<tool_call>f<arg_key>a</arg_key><arg_value>", "</arg_value></tool_call>", "<arg_key>a</arg_key><arg_value>",
+    "</arg_value><arg_key>b</arg_key><arg_value>"]), max_size=14).map("".join))
+def test_calls_begin_at_the_first_place_from_where_there_is_nothing_else(answer):
+    message, = chat.parse(P + "<|assistant|></think>" + answer)
+    starts = [start for start in range(len(answer)) if answer.startswith("<tool_call>", start)]
+    replies = {start: stream.read_text(answer[start:], thinking=False) for start in starts}
+    first = next((start for start in starts if not replies[start].faults and not replies[start].content), len(answer))
+    assert message["content"] == answer[:first]
+
+
+def test_a_call_behind_one_that_names_an_argument_twice_is_read():
+    broken = "<tool_call>f<arg_key>a</arg_key><arg_value>"
+    real = ("<tool_call>g<arg_key>b</arg_key><arg_value>1</arg_value><arg_key>a</arg_key><arg_value>2</arg_value>"
+            "</tool_call>")
+    message, = chat.parse(P + "<|assistant|></think>" + broken + real)
+    assert message == assistant(broken, "", call("g", b=1, a=2))
+
+
+@pytest.mark.parametrize("repeated, end", [
+    ("<tool_call>f</tool_call>", "z"), ("<tool_call>f<arg_key>k</arg_key><arg_value>v</arg_value></tool_call>", "z"),
+    ("<tool_call>f<arg_key>k</arg_key><arg_value>", "</arg_value></tool_call>z"),
+    ("<tool_call>f<arg_key>k</arg_key><arg_value>", "</arg_value><arg_key>k</arg_key>"),
+    ("<tool_call>f<arg_key>", "</arg_key>z"),
+])
+def test_a_long_degenerate_turn_is_read_once(repeated, end):
+    text = repeated * 3000 + end
+    message, = chat.parse(P + "<|assistant|></think>" + text)
+    assert message == assistant(text)
 
 
 def test_a_long_degenerate_turn_is_content():

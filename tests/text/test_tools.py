@@ -1,9 +1,11 @@
 """Calls: the streaming reader against itself and the whole, every fault by its kind, values typed by their schema."""
 
+import json
+
 from hypothesis import given, settings, strategies as st
 import pytest
 
-from glm5_jax.text import chat, grammar, mask, schema, stream, tools
+from glm5_jax.text import chat, grammar, mask, schema, stream, tools, values
 from glm5_jax.text.grammar import Event, Fault, Kind, RawCall, Reply
 from glm5_jax.text.stream import IdStream, TextStream
 from glm5_jax.text.tokenizer import Tokenizer
@@ -195,6 +197,11 @@ def test_the_schema_types_a_value(key, raw, value):
     ("find", {"text": "t", "where": "{'a': 1}"}, Misuse.BAD_JSON, "where: expected object"),
     ("find", {"text": "t", "exact": "True"}, Misuse.BAD_JSON, "exact: expected boolean, found 'True'"),
     ("find", {"text": "t", "limit": "NaN"}, Misuse.BAD_JSON, "limit: expected integer"),
+    ("find", {"text": "t", "scale": "1e999"}, Misuse.BAD_JSON, "scale: expected number, found '1e999'"),
+    ("find", {"text": "t", "scale": "-Infinity"}, Misuse.BAD_JSON, "scale: expected number"),
+    ("find", {"text": "t", "tags": '["\\ud800"]'}, Misuse.BAD_JSON, "tags: expected array"),
+    ("find", {"text": "t", "where": '{"\\udfff": 1}'}, Misuse.BAD_JSON, "where: expected object"),
+    ("find", {"text": "t", "tags": "[" * 101 + "]" * 101}, Misuse.BAD_JSON, "tags: expected array"),
     ("find", {"text": "t", "limit": "7.5"}, Misuse.BAD_VALUE, "limit: expected integer, found 7.5"),
     ("find", {"text": "t", "limit": "0"}, Misuse.BAD_VALUE, "limit: expected minimum 1, found 0"),
     ("find", {"text": "t", "limit": "true"}, Misuse.BAD_VALUE, "limit: expected integer, found True"),
@@ -211,6 +218,15 @@ def test_misuse_has_its_kind(name, given_, kind, detail):
     assert [found for found, _ in errors] == [kind] and detail in errors[0][1]
 
 
+def test_values_are_taken_up_to_their_bounds():
+    deepest = "[" * values.NESTING + "]" * values.NESTING
+    assert json.dumps(values.load(deepest)) == deepest
+    assert values.load('["\\ud83d\\ude00", 1e308]') == ["😀", 1e308]
+    for text in ("[" + deepest + "]", '{"a":' + deepest + "}", "[" * 10**5, "1e999", "[NaN]", '"\ud800"'):
+        with pytest.raises(ValueError, match="expected .* found"):
+            values.load(text)
+
+
 def test_errors_name_the_call():
     text = "<tool_call></tool_call><tool_call>bare</tool_call><tool_call>x</tool_call>"
     reply = stream.read_text(text, thinking=False)
@@ -225,6 +241,9 @@ def test_errors_name_the_call():
     ([{"name": " "}], r"tools\[0\].name"),
     ([{"name": "f"}, {"function": {"name": "f"}}], r"tools\[1\].name: expected a name of its own"),
     ([{"name": "f", "parameters": {"type": "array"}}], r"tools\[0\].parameters: expected a JSON schema of type object"),
+    ([{"name": "f", "parameters": []}], r"tools\[0\].parameters: expected a JSON schema of type object, found \[\]"),
+    ([{"name": "f", "parameters": {"properties": {1: {}}}}], r"properties: expected an object of schemas by name"),
+    ([{"name": "f", "parameters": {"required": [[]]}}], r"parameters.required: expected a list of names, found \[\["),
     ([{"name": "f", "parameters": {"properties": [1]}}], r"tools\[0\].parameters.properties: expected an object"),
     ([{"name": "f", "parameters": {"required": ["a"]}}], r"tools\[0\].parameters.required: expected names of \[\]"),
     ([{"name": "f", "parameters": {"properties": {"a": {"items": {"type": "str"}}}}}],
