@@ -38,6 +38,7 @@ def config() -> glm5.ModelConfig:
         n_routed_experts=4, index_topk=8, query_chunk=8, num_nextn_predict_layers=0)
 
 
+@pytest.mark.slow
 def test_every_job_of_ours_runs(benchmarks, config):
     model = benchmarks["model"]
     params = glm5.init(config, jax.random.key(0))
@@ -52,6 +53,7 @@ def test_every_job_of_ours_runs(benchmarks, config):
         assert {"lm_loss", "grad_norm"} <= set(jax.eval_shape(job.run, *job.prepare()))
 
 
+@pytest.mark.slow
 def test_the_attention_part_measures_itself_and_replaces_nothing(benchmarks, config, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmarks["model"].glm5, "small", lambda: config)
     arguments = ["--parts", "attention", "--lengths", "16", "32", "--attention-rounds", "1", "--out", str(tmp_path)]

@@ -357,10 +357,16 @@ def test_programs_are_judged_outside_on_inputs_nobody_has_seen(level):
 
 
 @pytest.mark.parametrize("outcome, returncode", [(Outcome.EXIT, 1), (Outcome.EXIT, None), *(
-    (outcome, code) for outcome in Outcome if outcome is not Outcome.EXIT for code in (0, None))])
+    (outcome, code) for outcome in Outcome if outcome not in (Outcome.EXIT, Outcome.KILLED) for code in (0, None))])
 def test_right_output_from_a_failed_run_is_wrong(outcome, returncode):
     task = programs(0, sandbox=Recorder(outcome, returncode))
     assert not task.check(task.solution)
+
+
+def test_a_sandbox_killed_from_outside_is_no_wrong_answer():
+    task = programs(0, sandbox=Recorder(Outcome.KILLED, None))
+    with pytest.raises(RuntimeError, match="killed from outside"):
+        task.check(task.solution)
 
 
 def test_a_long_program_never_reaches_the_sandbox():

@@ -102,7 +102,8 @@ def programs(seed: int, *, sandbox: Sandbox, level: int = 1) -> Task:
 
     An answer is the program, with or without a Markdown fence around it. It runs in `sandbox` once for each hidden
     input, alone with it: what it should print never enters the sandbox, and is compared on this side, outer white space
-    aside. Failing one input is failing. Checking raises what the sandbox raises if it cannot be made.
+    aside. Failing one input is failing. Checking raises what the sandbox raises if it cannot be made, and RuntimeError
+    if it was killed from outside.
     """
     dice = Dice("programs", level, seed)
     problem = dice.choice(graded(level, GRADES))
@@ -138,6 +139,8 @@ def _passes(answer: str, tests: list[tuple[str, str]], sandbox: Sandbox) -> bool
     program = (fenced[1] if fenced else answer).encode("utf-8", "surrogatepass")
     for line, expected in tests:
         result = sandbox.run([sandbox.python, "-I", "program.py"], stdin=line + "\n", files={"program.py": program})
+        if result.outcome is Outcome.KILLED:  # from outside: no fault of the program
+            raise RuntimeError("the sandbox of a program was killed from outside; check it again")
         if result.outcome is not Outcome.EXIT or result.returncode != 0 or result.stdout.strip() != expected:
             return False
     return True
