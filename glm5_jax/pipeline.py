@@ -282,8 +282,8 @@ def pretrain(job: Job, rundir: RunDir, train_rows: Batch, held_out_rows: Batch, 
             warmup=job.optimizer.warmup_steps * tokens, total=job.train.steps * tokens))
     batches = iter(packing.batches(train_rows, batch_size=job.data.batch_size, seed=job.seed))
     lines = core_metrics.JsonlWriter(rundir.metrics)
-    with (Store(rundir.checkpoints, keep=job.checkpoint.keep, about=hf_config.about(job.model)) as store,
-          contextlib.closing(lines)):
+    about = hf_config.about(job.model, Tokenizer.packaged().config_fields)
+    with (Store(rundir.checkpoints, keep=job.checkpoint.keep, about=about) as store, contextlib.closing(lines)):
         state = loop.resume(store, train_state.abstract(job.model, optimizer), batches)
         if state is None:
             lines.truncate_after(-1)
@@ -318,9 +318,8 @@ def export_and_reload(directory: pathlib.Path, config: ModelConfig, params: Any,
 
     Raises RuntimeError naming the parameter or the field of the config that came back different.
     """
-    ids = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.eos_id}
     with importlib.resources.as_file(importlib.resources.files("glm5_jax.text") / "assets" / "tokenizer.json") as file:
-        released.save_hf(directory, config, params, fields=ids, companions=[file])
+        released.save_hf(directory, config, params, fields=tokenizer.config_fields, companions=[file])
     reloaded_config, reloaded = released.load_hf(directory)
     for field in dataclasses.fields(ModelConfig):
         ours, theirs = getattr(config, field.name), getattr(reloaded_config, field.name)

@@ -81,6 +81,7 @@ def test_the_export_is_the_trained_model(finished):
     assert fields["pad_token_id"] == Tokenizer.packaged().eos_id in fields["eos_token_id"]
     exported = sources.open_source(finished[0])  # the run itself, as a checkpoint
     assert exported.config.replace(dtype=config.dtype) == config
+    assert exported.fields["pad_token_id"] == Tokenizer.packaged().eos_id
     jax.tree.map(np.testing.assert_array_equal, exported.load(), params)
 
 

@@ -102,7 +102,7 @@ def _known_dtype(dtype: Any) -> str | None:
 
 def _fields(directory: pathlib.Path) -> dict[str, Any]:
     try:
-        return safetensors_io.read_json(directory / CONFIG)
+        return safetensors_io.read_json(safetensors_io.inside(directory, CONFIG))
     except CheckpointError as error:
         raise ConfigError(*error.faults) from error
 

@@ -147,6 +147,11 @@ class Tokenizer:
         return self.id_of(EOS)
 
     @property
+    def config_fields(self) -> dict[str, int | list[int]]:
+        """What a checkpoint's config.json says of its tokenizer."""
+        return {"eos_token_id": list(self.stop_ids), "pad_token_id": self.eos_id}
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a completion: `<|endoftext|>`, `<|user|>`, `<|observation|>`."""
         return tuple(self.id_of(token) for token in STOP_TOKENS)

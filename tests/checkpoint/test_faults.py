@@ -180,6 +180,16 @@ def test_a_directory_that_is_none(tmp_path):
             glm5.load_hf(path)
 
 
+def test_a_config_that_is_a_link_to_itself_or_elsewhere(originals, tmp_path):
+    directory = spoil(originals, tmp_path / "it")
+    (directory / "config.json").unlink()
+    for target, message in (("config.json", "expected a file, found none"), ("/etc/passwd", "found a link to /etc")):
+        (directory / "config.json").symlink_to(target)
+        with pytest.raises(ConfigError, match=message):
+            glm5.load_hf(directory)
+        (directory / "config.json").unlink()
+
+
 def test_what_is_not_ours_is_not_overwritten(originals, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     for target in (tmp_path, tmp_path / "thesis.tex"):

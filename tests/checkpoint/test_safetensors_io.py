@@ -174,6 +174,10 @@ def test_links_stay_within_the_directory(tmp_path):
     (inside / "model.safetensors").symlink_to(outside / "model.safetensors")
     with pytest.raises(CheckpointError, match="found a link to .*outside"):
         safetensors_io.open_directory(inside)
+    (inside / "model.safetensors").rename(inside / safetensors_io.INDEX)
+    with pytest.raises(CheckpointError, match="index.json: expected a file of this directory, found a link to"):
+        safetensors_io.open_directory(inside)
+    (inside / safetensors_io.INDEX).rename(inside / "model.safetensors")
     (inside / "real").write_bytes((outside / "model.safetensors").read_bytes())
     (inside / "model.safetensors").unlink()
     (inside / "model.safetensors").symlink_to("real")
