@@ -13,6 +13,7 @@ section 2.3.
 
 import collections
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -23,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from glm5_jax.data.import_order import in_order
-from glm5_jax.text import values
 from glm5_jax.text.tokenizer import Tokenizer
 
 LOCK_FILES = frozenset({"package-lock.json", "npm-shrinkwrap.json", "yarn.lock", "pnpm-lock.yaml", "Cargo.lock",
@@ -144,8 +144,8 @@ def discussions(path: str | os.PathLike[str]) -> tuple[Part, ...]:
     naming the file, the entry and the field.
     """
     try:
-        entries = values.load(pathlib.Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        entries = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise RepositoryError(f"{path}: expected JSON in UTF-8, found: {error}") from error
     entries = entries if isinstance(entries, list) else [entries]
     return tuple(_discussion(entry, f"{path}: [{index}]") for index, entry in enumerate(entries))
