@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 import shutil
-from typing import Any, Iterable, Iterator, Mapping
+from typing import Any, Callable, Iterable, Iterator, Mapping, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -29,6 +29,7 @@ from glm5_jax.core.rundir import write_json
 from glm5_jax.model import transformer
 from glm5_jax.model.config import ModelConfig
 
+T = TypeVar("T")
 CONFIG = "config.json"
 ROUTER_BIAS = "e_score_correction_bias"  # stays float32 in every checkpoint
 BFLOAT16, FLOAT32 = np.dtype(jnp.bfloat16), np.dtype(np.float32)
@@ -61,32 +62,40 @@ def open_released(directory: str | os.PathLike[str], *, dtype: str | None = None
     """Reads config and headers; raises CheckpointError (ConfigError for the config alone) naming every fault."""
     directory, dtype = pathlib.Path(directory).expanduser(), _known_dtype(dtype)
     atomic.recover(directory)
-    where, config, reader = str(directory / CONFIG), None, None
-    faults: list[str] = []
-    kinds = set()
-    try:
-        fields = _fields(directory)
-        block = hf_config.weight_block(fields, where=where)
-        config = hf_config.from_json(fields, where=where, dtype=dtype, latent_norm_eps=latent_norm_eps)
-    except CheckpointError as error:
-        faults += error.faults
-        kinds.add(type(error))
-    try:
-        reader = safetensors_io.open_directory(directory)
-    except CheckpointError as error:
-        faults += error.faults
-        kinds.add(type(error))
-    if config and reader:
-        faults = validate.faults(str(directory), config, reader.tensors, block)
-    if faults or config is None or reader is None:
-        raise (ConfigError if kinds == {ConfigError} else CheckpointError)(*faults)
+    where = str(directory / CONFIG)
+    errors: list[CheckpointError] = []
+
+    def attempt(step: Callable[[], T]) -> T | None:
+        try:
+            return step()
+        except CheckpointError as error:
+            errors.append(error)
+            return None
+
+    reader = attempt(lambda: safetensors_io.open_directory(directory))
+    config = block = None
+    if (fields := attempt(lambda: _fields(directory))) is not None:
+        stated = fields
+        block = attempt(lambda: hf_config.weight_block(stated, where=where))
+        config = attempt(lambda: hf_config.from_json(stated, where=where, dtype=dtype, latent_norm_eps=latent_norm_eps))
+    if fields is None or config is None or block is None or reader is None:
+        kind = ConfigError if all(isinstance(error, ConfigError) for error in errors) else CheckpointError
+        raise kind(*(fault for error in errors for fault in error.faults))
+    if faults := validate.faults(str(directory), config, reader.tensors, block):
+        raise CheckpointError(*faults)
     opened = Released(config, fields, reader, block)
     if dtype is None:  # the parameters keep theirs; the config names the one that most of them have
-        sizes: collections.Counter[np.dtype] = collections.Counter()
-        for entry in hf_names.entries(config):
-            sizes[opened.dtype_of(entry)] += reader.tensors[entry.name].nbytes
-        config = config.replace(param_dtype=sizes.most_common(1)[0][0].name)
+        sizes = ((opened.dtype_of(entry), reader.tensors[entry.name].nbytes) for entry in hf_names.entries(config))
+        config = config.replace(param_dtype=_main_dtype(sizes))
     return dataclasses.replace(opened, config=config)
+
+
+def _main_dtype(sizes: Iterable[tuple[np.dtype, int]]) -> str:
+    """The dtype with the most bytes: config.json and ModelConfig name one."""
+    sums: collections.Counter[np.dtype] = collections.Counter()
+    for dtype, nbytes in sizes:
+        sums[dtype] += nbytes
+    return sums.most_common(1)[0][0].name
 
 
 def _known_dtype(dtype: Any) -> str | None:
@@ -182,7 +191,9 @@ def save_hf(directory: str | os.PathLike[str], config: ModelConfig, params: Any,
         values = _values(config, params, {tensor.name: tensor.dtype for tensor in tensors}, errors, bar)
         with _together(values):
             if jax.process_index() == 0:
-                stated = hf_config.merged(fields or {}, config, _main_dtype(tensors))
+                main = _main_dtype((tensor.dtype, tensor.nbytes) for tensor in tensors
+                                   if tensor.dtype != E4M3 and not tensor.name.endswith(SCALE))
+                stated = hf_config.merged(fields or {}, config, main)
                 if fp8:
                     stated["quantization_config"] = hf_config.quantisation_json(kept)
                 with atomic.replacing(directory) as partial:
@@ -197,17 +208,20 @@ def save_hf(directory: str | os.PathLike[str], config: ModelConfig, params: Any,
 @contextlib.contextmanager
 def _together(values: Iterator[np.ndarray]) -> Iterator[None]:
     """Every process makes all `values`, which they gather from each other, and fails where one of them does."""
-    error: BaseException | None = None
+    if jax.process_count() == 1:
+        yield
+        return
+    error: Exception | None = None
     try:
         yield
         collections.deque(values, maxlen=0)
     except Exception as found:
         error = found
-        collections.deque(values, maxlen=0)
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.array(error is not None))
-        if error is None and failed.any():
-            error = CheckpointError(f"process {int(failed.argmax())} could not write the checkpoint; see its error")
+        with contextlib.suppress(CheckpointError):  # of a value, which the others meet too; the first error is told
+            collections.deque(values, maxlen=0)
+    failed = multihost_utils.process_allgather(np.array(error is not None))
+    if error is None and failed.any():
+        error = CheckpointError(f"process {int(failed.argmax())} could not write the checkpoint; see its error")
     if error is not None:
         raise error
 
@@ -250,15 +264,6 @@ def _plan(config: ModelConfig, params: Any, dtype: str | None, fp8: bool) -> tup
         tensors.append(Tensor(entry.name, FLOAT32 if bias else functools.reduce(np.promote_types, parts), entry.shape))
         kept.append(entry.name.removesuffix(".weight"))
     return tensors, kept
-
-
-def _main_dtype(tensors: list[Tensor]) -> str:
-    """The dtype that most of what is not FP8 has: config.json names one."""
-    sizes: collections.Counter[np.dtype] = collections.Counter()
-    for tensor in tensors:
-        if tensor.dtype != E4M3 and not tensor.name.endswith(SCALE):
-            sizes[tensor.dtype] += tensor.nbytes
-    return sizes.most_common(1)[0][0].name
 
 
 def _values(config: ModelConfig, params: Any, dtypes: Mapping[str, np.dtype], errors: dict[str, QuantisationError],

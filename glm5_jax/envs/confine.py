@@ -243,5 +243,5 @@ def _proportional(pid: int) -> int:
     except PermissionError:
         return _resident(pid)
     except OSError:
-        pass
+        pass  # it has ended in the meantime
     return 0

@@ -6,6 +6,7 @@ import os
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 import glm5_jax as glm5
 from glm5_jax.checkpoint import convert, hf_config, hf_names, inventory, safetensors_io, sources, verify
@@ -36,7 +37,6 @@ def released(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A tokenizer with one token a letter, and a text of it."""
-    tokenizers = pytest.importorskip("tokenizers")
     directory = tmp_path_factory.mktemp("text")
     vocabulary = {chr(97 + i) if i < 26 else f"<{i}>": i for i in range(64)}
     model = tokenizers.models.WordLevel(vocabulary, unk_token="<63>")

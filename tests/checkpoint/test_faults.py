@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import glm5_jax as glm5
-from glm5_jax.checkpoint import safetensors_io
+from glm5_jax.checkpoint import released, safetensors_io
 from glm5_jax.checkpoint.errors import CheckpointError, ConfigError
 from glm5_jax.checkpoint.safetensors_io import Tensor
 from tests.checkpoint.directories import assert_same_bits, edit_config, save
@@ -146,11 +146,12 @@ def test_a_broken_config(text, originals, tmp_path):
 
 def test_several_faults_together(originals, tmp_path):
     """Of config and files at once; of many tensors as many as one can read."""
-    directory = spoil(originals, tmp_path / "both", hidden_size="wide", index_topk=0, hidden_act="gelu")
+    directory = spoil(originals, tmp_path / "both", hidden_size="wide", index_topk=0, hidden_act="gelu",
+                      **quantisation(fmt="e5m2"))
     (directory / "model.safetensors").write_bytes(b"junk")
-    with pytest.raises(CheckpointError, match="^4 faults: ") as error:
+    with pytest.raises(CheckpointError, match="^5 faults: ") as error:
         glm5.load_hf(directory)
-    for name in ("hidden_size", "index_topk", "hidden_act", "model.safetensors"):
+    for name in ("quantization_config.fmt", "hidden_size", "index_topk", "hidden_act", "model.safetensors"):
         assert name in str(error.value)
 
     def change(tensors):
@@ -173,10 +174,26 @@ def test_a_config_of_another_size_costs_nothing(fields, originals, tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
+def test_a_write_that_fails_ends_at_once(tmp_path, monkeypatch):
+    """The tensors behind the one that found the disk full are not made any more."""
+    made = []
+    to_host = released.streaming.to_host
+    monkeypatch.setattr(released.streaming, "to_host", lambda *where: made.append(where) or to_host(*where))
+
+    def full(directory, tensors, values, **options):
+        next(values)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(released.safetensors_io, "write", full)
+    with pytest.raises(OSError, match="disk full"):
+        glm5.save_hf(tmp_path / "it", RICH, random_params(RICH))
+    assert len(made) == 1 and not os.listdir(tmp_path)
+
+
 def test_a_directory_that_is_none(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "nothing", tmp_path / "file"):
-        with pytest.raises(CheckpointError, match="^2 faults: .*config.json.*found neither"):
+        with pytest.raises(CheckpointError, match="^2 faults: .*found neither.*config.json: expected a file"):
             glm5.load_hf(path)
 
 
