@@ -1,56 +1,90 @@
-"""GLM-5 pre-training on one text: the main job.
+"""GLM-5 from raw text to a sparse, instructed model, in five stages: the main job.
 
     python -m glm5_jax --config experiments/glm5.py:tiny
 
-tiny   1M parameters, 300 kB of Python documentation, 306k tokens. Two CPU cores, no accelerator: about two minutes of
-       training beside half a minute of compilation (the first time). Expected: held-out bits per byte 2.71 before,
-       1.87 after; busiest expert 1.2 times the mean load.
-small  100M parameters on the Python standard library, 65M tokens: one accelerator. Not measured yet.
-glm5   the released sizes, values only: 744B parameters do not fit a single machine.
+tiny   1M parameters, 300 kB of Python documentation and seeded sums. Two CPU cores, no accelerator: about four minutes,
+       compilation included. The table to expect is in the README.
+small  100M parameters on the Python standard library, 90M tokens: one accelerator. Not measured yet.
+glm5   the released sizes and token counts, values only: 744B parameters do not fit a single machine.
 
 Options follow the name after a comma: tiny,data=stdlib trains on the Python standard library, data=packaged on the text
-that comes with the package.
+that comes with the package, data=PATH on a folder of text files or a JSONL file.
 """
 
 from ml_collections import ConfigDict
 
 ARGUMENTS = ("tiny", "small", "glm5")
-OPTIONS = ("data=packaged", "data=stdlib")
+ORDER = ("pretrain", "midtrain", "dsa_warmup", "dsa_sparse", "sft")
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:
-    """The values of `arg`, one of ARGUMENTS; any of OPTIONS may follow, each after a comma."""
+    """The values of `arg`, one of ARGUMENTS; `,data=` and a source may follow."""
     name, *options = arg.split(",")
     if name not in ARGUMENTS:
         raise ValueError(f"experiments/glm5.py: expected one of {', '.join(ARGUMENTS)}, found {name!r}")
     for option in options:
-        if option not in OPTIONS:
-            raise ValueError(f"experiments/glm5.py: expected an option of {', '.join(OPTIONS)}, found {option!r}")
-    config = ConfigDict(dict(
+        if not option.startswith("data="):
+            raise ValueError(f"experiments/glm5.py: expected the option data=..., found {option!r}")
+    source = options[-1].removeprefix("data=") if options else "packaged" if name == "tiny" else "stdlib"
+    common = dict(
         model=dict(preset=name, overrides={}),
-        data=dict(source="packaged", seq_len=512, batch_size=4, held_out_fraction=0.1),
-        optimizer=dict(name="adamw", learning_rate=4e-3, final_learning_rate=4e-4, warmup_steps=10,
-                       weight_decay=0.1, b1=0.9, b2=0.95),
-        train=dict(steps=150, dense_steps=50, log_every=10, mtp_steps=1, mtp_weight=0.3, balance_weight=1e-4,
-                   indexer_weight=1.0, router_bias_rate=1e-2, max_grad_norm=1.0, loss_chunk=0,
-                   micro_batches=1),
-        checkpoint=dict(every=30, keep=2),
+        held_out_fraction=0.1 if source == "packaged" else 0.02,
+        order=ORDER,
         sample=dict(prompt="The \"return\" statement", max_new_tokens=80, temperature=0.8),
         seed=0,
         compilation_cache="auto",
-    ))
-    if name == "small":
-        config.data.update(source="stdlib", seq_len=2048, batch_size=16)
-        config.optimizer.update(learning_rate=6e-4, final_learning_rate=6e-5, warmup_steps=100)
-        config.train.update(steps=2000, dense_steps=500, mtp_steps=3, router_bias_rate=1e-3)
-        config.checkpoint.update(every=250)
-    if name == "glm5":
-        config.data.update(source="stdlib", seq_len=4096, batch_size=1024)
-        config.optimizer.update(name="muon_split", learning_rate=2e-4, final_learning_rate=2e-5, warmup_steps=2000)
-        config.train.update(steps=100_000, dense_steps=0, mtp_steps=3, router_bias_rate=1e-3, loss_chunk=512)
-        config.checkpoint.update(every=1000)
-    for option in options:
-        config.data.source = option.removeprefix("data=")
-    if config.data.source == "stdlib":
-        config.data.held_out_fraction = 0.02
-    return config
+    )
+    return ConfigDict(common | {"tiny": _tiny, "small": _small, "glm5": _glm5}[name](source))
+
+
+def _stage(kind: str, source: str, steps: int, seq_len: int, batch_size: int, rope_theta: float, learning_rate: float,
+           final_learning_rate: float, warmup_steps: int = 0, keep: bool = False) -> dict:
+    return dict(kind=kind, source=source, steps=steps, seq_len=seq_len, batch_size=batch_size, rope_theta=rope_theta,
+                learning_rate=learning_rate, final_learning_rate=final_learning_rate, warmup_steps=warmup_steps,
+                keep=keep)
+
+
+def _tiny(source: str) -> dict:
+    return dict(
+        optimizer=dict(name="adamw", weight_decay=0.1, b1=0.9, b2=0.95),
+        train=dict(log_every=10, mtp_steps=1, mtp_weight=0.3, balance_weight=1e-4, indexer_weight=1.0,
+                   router_bias_rate=1e-2, max_grad_norm=1.0, loss_chunk=0, micro_batches=1),
+        stages=dict(
+            pretrain=_stage("pretrain", source, 80, 512, 4, 1e4, 4e-3, 1.5e-3, warmup_steps=10),
+            midtrain=_stage("midtrain", source, 16, 1024, 2, 5e4, 1.5e-3, 4e-4, keep=True),
+            dsa_warmup=_stage("dsa_warmup", source, 24, 1024, 2, 5e4, 5e-3, 1e-3),
+            dsa_sparse=_stage("dsa_sparse", source, 12, 1024, 2, 5e4, 4e-4, 4e-4),
+            sft=_stage("sft", "arithmetic", 20, 512, 4, 5e4, 4e-3, 4e-4, warmup_steps=2)),
+        checkpoint=dict(every=30, keep=2))
+
+
+def _small(source: str) -> dict:
+    return dict(
+        optimizer=dict(name="muon_split", weight_decay=0.1, b1=0.9, b2=0.95),
+        train=dict(log_every=10, mtp_steps=3, mtp_weight=0.3, balance_weight=1e-4, indexer_weight=1.0,
+                   router_bias_rate=1e-3, max_grad_norm=1.0, loss_chunk=512, micro_batches=1),
+        stages=dict(
+            pretrain=_stage("pretrain", source, 2000, 2048, 16, 1e6, 6e-4, 1.2e-4, warmup_steps=100),
+            midtrain=_stage("midtrain", source, 200, 8192, 4, 4e6, 1.2e-4, 6e-5, keep=True),
+            dsa_warmup=_stage("dsa_warmup", source, 200, 8192, 4, 4e6, 5e-3, 2e-4),
+            dsa_sparse=_stage("dsa_sparse", source, 200, 8192, 4, 4e6, 6e-5, 6e-5),
+            sft=_stage("sft", "arithmetic", 100, 2048, 16, 4e6, 6e-5, 6e-6, warmup_steps=10)),
+        checkpoint=dict(every=250, keep=2))
+
+
+def _glm5(source: str) -> dict:
+    """Tokens as published: 27T at 4K, 1T at 32K, 500B at 128K, 50B at 200K, 2.84B for the indexer alone, 20B sparse."""
+    return dict(
+        optimizer=dict(name="muon_split", weight_decay=0.1, b1=0.9, b2=0.95),
+        train=dict(log_every=10, mtp_steps=3, mtp_weight=0.3, balance_weight=1e-4, indexer_weight=1.0,
+                   router_bias_rate=1e-3, max_grad_norm=1.0, loss_chunk=512, micro_batches=1),
+        order=("pretrain", "midtrain_32k", "midtrain_128k", "midtrain_200k", "dsa_warmup", "dsa_sparse", "sft"),
+        stages=dict(
+            pretrain=_stage("pretrain", source, 412_000, 4096, 16_000, 1e4, 2e-4, 4e-5, warmup_steps=2000),
+            midtrain_32k=_stage("midtrain", source, 15_000, 32_768, 2000, 1e6, 4e-5, 2e-5, keep=True),
+            midtrain_128k=_stage("midtrain", source, 7_600, 131_072, 500, 1e6, 2e-5, 1.1e-5, keep=True),
+            midtrain_200k=_stage("midtrain", source, 770, 202_752, 320, 1e6, 1.1e-5, 1e-5, keep=True),
+            dsa_warmup=_stage("dsa_warmup", source, 1000, 202_752, 14, 1e6, 5e-3, 2e-4),
+            dsa_sparse=_stage("dsa_sparse", source, 308, 202_752, 320, 1e6, 1e-5, 1e-5),
+            sft=_stage("sft", "arithmetic", 1000, 202_752, 64, 1e6, 1e-5, 1e-6)),
+        checkpoint=dict(every=1000, keep=2))

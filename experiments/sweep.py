@@ -36,7 +36,7 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 from absl import flags
 
-from glm5_jax import __main__ as command_line, pipeline
+from glm5_jax import __main__ as command_line, job
 from glm5_jax.train import report
 
 Overrides = dict[str, Any]
@@ -139,7 +139,7 @@ def check(runs: Iterable[Run], config: str) -> None:
     for run in runs:
         try:
             values, _, _ = command_line.parse(["sweep", *run.arguments(config)])
-            pipeline.resolve(values)
+            job.resolve(values)
         except (flags.Error, OSError, ValueError) as error:
             # absl puts the traceback of an experiment file into its message: the last line says what is wrong.
             raise ValueError(f"run {run.overrides}: {str(error).splitlines()[-1]}") from error
@@ -299,7 +299,7 @@ def draw(runs: Sequence[Run], metric: str, path: pathlib.Path) -> None:
         raise ImportError("the plot needs matplotlib, which is not installed: pip install 'glm5-jax[viz]'") from error
     known = _names(map(_results, runs))
     if metric not in known:
-        raise ValueError(f"no finished run has the result {metric!r}{pipeline.nearest(metric, known) if known else ''}")
+        raise ValueError(f"no finished run has the result {metric!r}{job.nearest(metric, known) if known else ''}")
     rows = [row for row in table(runs) if row.get(metric) is not None]
     names = [key for key in _names(run.overrides for run in runs) if len({str(row[key]) for row in rows}) > 1]
     key = names[0] if names else "state"
@@ -385,7 +385,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workdir", help="directory of the sweep; default runs/sweeps/<name of the sweep file>")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time; default 1")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="take part I (from 0) of N")
-    parser.add_argument("--metric", default="held_out_bits_per_byte.after", help="result to plot; default %(default)s")
+    parser.add_argument("--metric", default="stages.pretrain.bits_per_byte.after",
+                        help="result to plot; default %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="check and list the runs, start none")
     parser.add_argument("--report", action="store_true", help="table and plot of what is there, start nothing")
     options = parser.parse_args(argv)

@@ -12,7 +12,7 @@ from typing import Any, Iterator, Mapping, Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from glm5_jax import pipeline
+from glm5_jax import job as jobs, pipeline
 from glm5_jax.core import compat
 from glm5_jax.core.rundir import RunDir
 from glm5_jax.train.loop import Interrupted
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         compat.check_versions()
         config, overrides, workdir = parse(argv)
-        job = pipeline.resolve(config)
+        job = jobs.resolve(config)
         rundir = RunDir.create(workdir, config=config.to_dict(), overrides=overrides)
         print(f"Run directory: {rundir.path}", flush=True)
         pipeline.run(job, rundir)
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, dict[str, Any], str]:
     known = list(_paths(config))
     for name in names:
         if name not in known:
-            raise ValueError(f"--config.{name}: the experiment has no such value{pipeline.nearest(name, known)}")
+            raise ValueError(f"--config.{name}: the experiment has no such value{jobs.nearest(name, known)}")
     config, flag_values = _parse(argv)
     overrides = {name: value.to_dict() if isinstance(value, ConfigDict) else value
                  for name, value in config_flags.get_override_values(flag_values["config"]).items()}

@@ -7,7 +7,7 @@ import pathlib
 import ml_collections
 import pytest
 
-from glm5_jax import pipeline
+from glm5_jax import job as jobs
 
 # sweep.py runs many experiments and is none.
 EXPERIMENTS = sorted(path for path in (pathlib.Path(__file__).parents[1] / "experiments").glob("*.py")
@@ -36,10 +36,13 @@ def test_the_main_job_is_there():
 def test_builds_from_values_alone(path, argument):
     config = load(path).get_config(argument)
     assert isinstance(config, ml_collections.ConfigDict)
-    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()  # numbers, strings, lists: no objects
-    job = pipeline.resolve(config)
-    assert job.data.seq_len <= job.model.max_position_embeddings
-    assert job.train.log_every <= job.train.steps
+    values = config.to_dict()  # numbers, strings, tuples: no objects
+    assert json.loads(json.dumps(values)) == {**values, "order": list(values["order"])}
+    job = jobs.resolve(config)
+    stages = job.compose()
+    assert [stage.name for stage in stages] == list(job.order)
+    assert [stage.name.partition("_")[0] for stage in stages][:2] == ["pretrain", "midtrain"]
+    assert stages[-1].name == "sft" and job.train.log_every <= max(stage.steps for stage in stages)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=named)
@@ -56,12 +59,10 @@ def test_explains_itself_and_lists_its_arguments(path):
 def test_options_choose_the_text(path):
     module = load(path)
     for argument in module.ARGUMENTS:
-        plain = module.get_config(argument).to_dict()
-        for option in module.OPTIONS:
-            chosen = module.get_config(f"{argument},{option}").to_dict()
-            assert chosen["data"].pop("source") == option.removeprefix("data=")
-            assert {**chosen, "data": None} == {**plain, "data": None}
-            assert chosen["data"].keys() == plain["data"].keys() - {"source"}
-    for option in ("data=wiki", "steps=3", "stdlib", ""):
-        with pytest.raises(ValueError, match=f"expected an option of {', '.join(module.OPTIONS)}, found '{option}'"):
+        plain, chosen = (module.get_config(text).to_dict() for text in (argument, f"{argument},data=stdlib"))
+        for name, stage in chosen["stages"].items():
+            assert stage["source"] == ("arithmetic" if stage["kind"] == "sft" else "stdlib")
+            assert {**stage, "source": None} == {**plain["stages"][name], "source": None}
+    for option in ("steps=3", "stdlib", ""):
+        with pytest.raises(ValueError, match=f"expected the option data=..., found '{option}'"):
             module.get_config(f"{module.ARGUMENTS[0]},{option}")

@@ -22,14 +22,15 @@ FLOORS = {
     3: ["glm5_jax.checkpoint", "glm5_jax.infer"],
     4: ["glm5_jax.train", "glm5_jax.serve"],
     5: ["glm5_jax.scale", "glm5_jax.evals", "glm5_jax.rl"],
-    6: ["glm5_jax.pipeline", "glm5_jax.agent", "glm5_jax.__main__"],
+    6: ["glm5_jax.job", "glm5_jax.pipeline", "glm5_jax.agent", "glm5_jax.__main__"],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-# The command line hands over to the jobs beside it.
-SIDEWAYS = {("glm5_jax.__main__", "glm5_jax.pipeline"), ("glm5_jax.__main__", "glm5_jax.agent")}
+# The command line hands a job over to what runs it.
+SIDEWAYS = {("glm5_jax.__main__", "glm5_jax.job"), ("glm5_jax.__main__", "glm5_jax.pipeline"),
+            ("glm5_jax.__main__", "glm5_jax.agent"), ("glm5_jax.pipeline", "glm5_jax.job")}
 # The lazy table of public names: above every floor, so that nothing below may import it.
 TOP = "glm5_jax"
-CONFIG_READERS = {"glm5_jax.pipeline", "glm5_jax.__main__"}
+CONFIG_READERS = {"glm5_jax.job", "glm5_jax.__main__"}
 JAX_FREE = ("glm5_jax.text", "glm5_jax.envs", "glm5_jax.records")
 JAX_FAMILY = ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex")
 VAGUE = {"utils", "util", "common", "misc", "helpers", "helper"}
@@ -263,7 +264,7 @@ ALLOWED = TABLE | {
     "glm5_jax.data.packing": "from glm5_jax.text.tokenizer import load\nfrom ..core import params\n",
     "glm5_jax.data.sft": "from glm5_jax.data import packing\n",
     "glm5_jax.core.metrics": "def writer():\n    import tensorboardX\n",
-    "glm5_jax.pipeline": "import ml_collections\nimport glm5_jax.data.sft\n",
+    "glm5_jax.job": "import ml_collections\nimport glm5_jax.data.sft\n",
     "glm5_jax.__main__": "from glm5_jax.pipeline import main\nfrom ml_collections import config_flags\n",
 }
 

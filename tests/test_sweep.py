@@ -21,7 +21,7 @@ import json, os, pathlib, signal, sys, time
 values = dict(
     argument.removeprefix("--config.").split("=") for argument in sys.argv if argument.startswith("--config."))
 path = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
-rate, seed = float(values["optimizer.learning_rate"]), values.get("seed", "0")
+rate, seed = float(values["stages.pretrain.learning_rate"]), values.get("seed", "0")
 with open(path.parent / "calls.txt", "a") as calls:
     calls.write(path.name + "\\n")
 again = (path / "again").exists()
@@ -41,7 +41,7 @@ if seed in "23" and not again:
 (path / "metrics.jsonl").write_text("".join(
     json.dumps({"step": step, "lm_loss": 5 - rate * step}) + "\\n" for step in (1, 2)))
 (path / "result.json").write_text(json.dumps(
-    {"steps": 2, "held_out_bits_per_byte": {"before": 3.0, "after": 3 - rate}, "completion": "words"}))
+    {"steps": 2, "stages": {"pretrain": {"bits_per_byte": {"before": 3.0, "after": 3 - rate}}}, "completion": "words"}))
 '''
 
 
@@ -74,7 +74,7 @@ def run(sweep, tmp_path):
 
 
 def points(*seeds, rates=(0.5,)):
-    return [{"optimizer.learning_rate": rate, "seed": seed} for rate in rates for seed in seeds]
+    return [{"stages.pretrain.learning_rate": rate, "seed": seed} for rate in rates for seed in seeds]
 
 
 def calls(tmp_path):
@@ -124,12 +124,12 @@ def test_a_file_that_is_no_sweep_of_values_is_refused(sweep, tmp_path, text, com
 
 
 @pytest.mark.parametrize("key, value, complaint", [
-    ("train.stepz", 3, "train.stepz: the experiment has no such value; did you mean 'train.steps'"),
-    ("train.steps", "many", "many"),
+    ("train.log_evry", 3, "train.log_evry: the experiment has no such value; did you mean 'train.log_every'"),
+    ("train.log_every", "many", "many"),
     ("optimizer.b1", 2.0, "config.optimizer.b1: expected 0 or more and less than 1, found 2.0"),
 ])
 def test_a_wrong_override_is_refused_before_anything_runs(run, tmp_path, capsys, key, value, complaint):
-    assert run([*points(0), {"optimizer.learning_rate": 0.5, key: value}]) == 2
+    assert run([*points(0), {"stages.pretrain.learning_rate": 0.5, key: value}]) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -196,7 +196,7 @@ def test_stopping_lets_the_workers_save_and_the_same_command_resumes(run, tmp_pa
     assert table.count("unfinished") == 2 and table.count("missing") == 1 and "failed" not in table
     assert run(values, "--workers", "2") == 0
     assert len(calls(tmp_path)) == 5
-    assert "finished  optimizer.learning_rate=0.5,seed=2" in capsys.readouterr().out
+    assert "finished  seed=2,stages.pretrain.learning_rate=0.5" in capsys.readouterr().out
 
 
 def test_a_run_that_is_alive_elsewhere_is_left_alone(sweep, run, tmp_path, capsys):
@@ -224,16 +224,16 @@ def test_a_dry_run_lists_the_commands_and_starts_none(run, tmp_path, capsys):
     assert run(points(0, 4), "--dry-run", "--shard", "0/2") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[1].startswith("missing ")
-    assert "--config.optimizer.learning_rate=0.5 --config.seed=0 --workdir" in lines[1]
+    assert "--config.stages.pretrain.learning_rate=0.5 --config.seed=0 --workdir" in lines[1]
     assert not (tmp_path / "out").exists()
 
 
 def test_the_table_is_sorted_by_the_overrides_and_the_plot_is_drawn(run, tmp_path, monkeypatch, capsys):
-    assert run([*points(4, 0, rates=(1.0, 0.125)), {"optimizer.learning_rate": 0.5}], "--workers", "2") == 0
+    assert run([*points(4, 0, rates=(1.0, 0.125)), {"stages.pretrain.learning_rate": 0.5}], "--workers", "2") == 0
     rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
-    assert list(rows[0]) == ["optimizer.learning_rate", "seed", "state", "steps", "held_out_bits_per_byte.before",
-                             "held_out_bits_per_byte.after", "run"]
-    assert [(row["optimizer.learning_rate"], row["seed"], row["held_out_bits_per_byte.after"]) for row in rows] == [
+    rate, loss = "stages.pretrain.learning_rate", "stages.pretrain.bits_per_byte"
+    assert list(rows[0]) == [rate, "seed", "state", "steps", f"{loss}.before", f"{loss}.after", "run"]
+    assert [(row[rate], row["seed"], row[f"{loss}.after"]) for row in rows] == [
         ("0.125", "0", "2.875"), ("0.125", "4", "2.875"), ("0.5", "", "2.5"), ("1.0", "0", "2.0"), ("1.0", "4", "2.0")]
     plot = tmp_path / "out" / "plot.png"
     assert plot.read_bytes().startswith(b"\x89PNG")

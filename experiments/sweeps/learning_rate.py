@@ -12,10 +12,10 @@ from sweep import product
 def sweep():
     """Three learning rates, two seeds each."""
     return product(**{
-        "optimizer.learning_rate": [1e-3, 4e-3, 1.6e-2],
+        "stages.pretrain.learning_rate": [1e-3, 4e-3, 1.6e-2],
         "seed": [0, 1],
-        "data.seq_len": [256],
-        "train.steps": [20],
-        "train.dense_steps": [5],
+        "order": [("pretrain",)],
+        "stages.pretrain.seq_len": [256],
+        "stages.pretrain.steps": [20],
         "sample.max_new_tokens": [8],
     })

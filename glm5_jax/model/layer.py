@@ -21,10 +21,17 @@ COLLECTABLE = ("hidden", "index_scores", "selected", "router")
 
 
 class Request(NamedTuple):
-    """What is asked of a forward pass besides its result."""
+    """How a forward pass attends, and what is asked of it besides its result."""
 
+    attention: Literal["dense", "sparse"] = "sparse"
     indexer_loss: Literal["dense", "sparse"] | None = None
     collect: tuple[str, ...] = ()
+
+    @property
+    def selects(self) -> bool:
+        """Whether the pass needs what the indexer selects; dense attention alone does not."""
+        return self.attention == "sparse" or bool(self.indexer_loss) or bool({"index_scores", "selected"}
+                                                                             & set(self.collect))
 
 
 class View(struct.PyTreeNode):
@@ -90,12 +97,13 @@ def apply(params: Params, config: ModelConfig, kind: LayerKind, flow: Flow, view
         rows_BSR, flow = _remember(flow, "latents_LBSR", layer, view,
                                    mla.latent_rows(params["attention"], config, u_BTD, view.rope))
         index = flow.index
-        if kind.indexer == "full":
+        if kind.indexer == "full" and (request.selects or view.slots_BT is not None):
             with jax.named_scope("indexer"):
                 index = dsa.index_inputs(params["indexer"], config, u_BTD, q_latent, view.rope)
                 keys_BSC, flow = _remember(flow, "index_keys_NBSC", indexer, view, index.keys_BSC)
                 index = index.replace(keys_BSC=keys_BSC)
-                flow = _select(config, flow, index, view)
+                if request.selects:
+                    flow = _select(config, flow, index, view)
                 if request.indexer_loss:
                     flow = flow.replace(index=index)
                 if "index_scores" in request.collect:
@@ -171,11 +179,11 @@ def _attend(params: Params, config: ModelConfig, q_BTHC: jax.Array, rows_BSR: ja
             request: Request) -> tuple[jax.Array, jax.Array | None]:
     """Attention over the selection, [B, T, H, C], and the indexer's KL per query where it is asked for.
 
-    Up to `dense_attention_max_len` keys (and for the dense indexer loss, where every visible key counts) the
-    probabilities of a block of queries are masked dense; beyond, the selected latent rows are gathered.
+    Dense attention is over every visible key. Sparse attention is over the selected ones: masked dense up to
+    `dense_attention_max_len` keys; beyond, their latent rows are gathered.
     """
     keys, scale = rows_BSR.shape[1], config.qk_head_dim ** -0.5
-    dense = keys <= config.dense_attention_max_len or request.indexer_loss == "dense"
+    dense = keys <= config.dense_attention_max_len or request.attention == "dense"
     absorbed = not dense or mla.prefers_absorbed(config, q_BTHC.shape[1], keys)
     q = mla.absorb_queries(params, config, q_BTHC) if absorbed else q_BTHC
     index = flow.index if request.indexer_loss else None
@@ -186,7 +194,7 @@ def _attend(params: Params, config: ModelConfig, q_BTHC: jax.Array, rows_BSR: ja
         k, v = (rows_BSR, latent_BSR) if absorbed else mla.expand_rows(params, config, rows_BSR)
 
         def block(q, selected, positions, segment_ids, index_q, index_w):
-            if request.indexer_loss == "dense":
+            if request.attention == "dense":
                 mask = _visible(view, positions, segment_ids)
             else:
                 mask = dsa.selection_mask(selected, keys)

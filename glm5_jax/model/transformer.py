@@ -70,7 +70,8 @@ def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array
 
 def forward(params: Params, config: ModelConfig, tokens: jax.Array, *, positions: jax.Array | None = None,
             segment_ids: jax.Array | None = None, cache: Cache | None = None, mtp_steps: int = 0,
-            indexer_loss: Literal["dense", "sparse"] | None = None, collect: Collection[str] = ()) -> Output:
+            attention: Literal["dense", "sparse"] = "sparse", indexer_loss: Literal["dense", "sparse"] | None = None,
+            collect: Collection[str] = ()) -> Output:
     """Runs the model over `tokens` int32 [B, T].
 
     `segment_ids` int32 [B, T] keep packed documents apart; 0 is padding; default 1. `positions` int32 [B, T] default
@@ -79,19 +80,23 @@ def forward(params: Params, config: ModelConfig, tokens: jax.Array, *, positions
     row have no token to read in step k and mean nothing. A later call with the cache completes their keys, so that a
     sequence fed in pieces gives what it gives whole: provided that every call on a cache has the same `mtp_steps`.
 
+    `attention` "dense" is over every visible key in every layer, as before the indexer is trained; it needs no
+    selection, and none is made unless it is asked for.
+
     `collect` takes "hidden" (`hidden/<i>` after i layers, `hidden/final_norm`), "index_scores"
     (`index_scores/<layer>` [B, T, S], -inf where not visible), "selected" (`selected/<layer>` [B, T, index_topk]) and
     "router" (`router/<layer>/experts` and `/weights` [B*T, A]). `indexer_loss` adds `indexer_kl/<layer>` to the
     collected: the mean over tokens of KL(attention averaged over heads || softmax of the index scores), over all
-    visible keys ("dense"; attention is then dense in every layer) or the selected ("sparse"); layer N is the MTP layer.
+    visible keys ("dense", which makes `attention` dense) or the selected ("sparse"); layer N is the MTP layer.
 
     Raises ValueError for a wrong rank, dtype or option and, outside jit, for a cache without room.
     """
     tokens = jnp.asarray(tokens)
     collect = (collect,) if isinstance(collect, str) else tuple(sorted(set(collect)))
-    _check(config, tokens, positions, segment_ids, cache, mtp_steps, indexer_loss, collect)
+    _check(config, tokens, positions, segment_ids, cache, mtp_steps, attention, indexer_loss, collect)
+    attention = "dense" if indexer_loss == "dense" else attention
     return _forward(params, config, tokens, positions, segment_ids, cache, mtp_steps,
-                    layer.Request(indexer_loss, collect))
+                    layer.Request(attention, indexer_loss, collect))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 6, 7))
@@ -231,7 +236,7 @@ def _by_name(reports: dict[int, dict[str, Any]]) -> dict[str, jax.Array]:
 
 
 def _check(config: ModelConfig, tokens: Any, positions: Any, segment_ids: Any, cache: Cache | None, mtp_steps: int,
-           indexer_loss: str | None, collect: tuple[str, ...]) -> None:
+           attention: str, indexer_loss: str | None, collect: tuple[str, ...]) -> None:
     if tokens.ndim != 2 or tokens.size == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens: expected integers [batch, time], at least one, found {tokens.dtype} "
                          f"{list(tokens.shape)}")
@@ -247,6 +252,10 @@ def _check(config: ModelConfig, tokens: Any, positions: Any, segment_ids: Any, c
                              f"found {jnp.result_type(value)} {list(jnp.shape(value))}")
     if indexer_loss not in (None, "dense", "sparse"):
         raise ValueError(f"indexer_loss: expected None, 'dense' or 'sparse', found {indexer_loss!r}")
+    if attention not in ("dense", "sparse"):
+        raise ValueError(f"attention: expected 'dense' or 'sparse', found {attention!r}")
+    if attention == "dense" and indexer_loss == "sparse":
+        raise ValueError("indexer_loss: expected None or 'dense' with dense attention, found 'sparse'")
     if unknown := set(collect) - set(layer.COLLECTABLE):
         raise ValueError(f"collect: expected names among {layer.COLLECTABLE}, found {sorted(unknown)}")
     if mtp_steps and not config.num_nextn_predict_layers:

@@ -18,15 +18,17 @@ _UNIT = 10**6
 
 @struct.dataclass
 class TrainState:
-    """Steps done, parameters, what the optimiser remembers, tokens seen, and the guard over gradients.
+    """Steps done, parameters, what the optimiser remembers, tokens seen in all and in this stage, and the guard over
+    gradients.
 
-    The tokens are int32 [2], millions and the rest: one int32 ends at two billion, and float32 stops counting.
+    Tokens are int32 [2], millions and the rest: one int32 ends at two billion, and float32 stops counting.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     tokens_seen: jax.Array
+    stage_tokens: jax.Array
     guard: guard.Guard
 
 
@@ -38,7 +40,14 @@ def create(config: ModelConfig, optimizer: optax.GradientTransformation, key: ja
 def from_params(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step that starts from given parameters."""
     return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params), jnp.zeros(2, jnp.int32),
-                      guard.fresh())
+                      jnp.zeros(2, jnp.int32), guard.fresh())
+
+
+def next_stage(state: TrainState, optimizer: optax.GradientTransformation, *, keep: bool = False) -> TrainState:
+    """The state with which another stage begins: the parameters, steps and tokens in all as they are, the tokens of
+    the stage 0, the guard fresh; what the optimiser remembers is as new, or with `keep` as it was."""
+    opt_state = state.opt_state if keep else jax.jit(optimizer.init)(state.params)
+    return TrainState(state.step, state.params, opt_state, state.tokens_seen, jnp.zeros(2, jnp.int32), guard.fresh())
 
 
 def abstract(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh | None = None
@@ -59,7 +68,8 @@ def abstract(config: ModelConfig, optimizer: optax.GradientTransformation, mesh:
         optimizer, _placed, state.opt_state, split, transform_non_params=lambda x: _placed(x, whole),
         is_leaf=lambda x: isinstance(x, optax.MaskedNode))  # what a group of the optimiser leaves to another
     return TrainState(_placed(state.step, whole), jax.tree.map(_placed, state.params, split), opt_state,
-                      _placed(state.tokens_seen, whole), jax.tree.map(lambda x: _placed(x, whole), state.guard))
+                      _placed(state.tokens_seen, whole), _placed(state.stage_tokens, whole),
+                      jax.tree.map(lambda x: _placed(x, whole), state.guard))
 
 
 def add_tokens(tokens_seen: jax.Array, new: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ B batch, T positions, E experts, L layers with experts.
 """
 
 import dataclasses
-from typing import Any, Callable, Literal, NamedTuple
+from typing import Any, Callable, Collection, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from glm5_jax.core.metrics import Mean
 from glm5_jax.losses import auxiliary, token
 from glm5_jax.model import moe, stacks, transformer
 from glm5_jax.model.config import ModelConfig
-from glm5_jax.optim import schedules
+from glm5_jax.optim import partition, schedules
 from glm5_jax.optim.schedules import Schedule
 from glm5_jax.train import guard
 from glm5_jax.train.state import TrainState, add_tokens, as_float
@@ -30,16 +30,19 @@ class Options:
     """What a step optimises: L = LM + mtp_weight * mean over steps of MTP + balance_weight * balance
     + indexer_weight * mean over indexers of their KL, where LM and MTP are the cross-entropy + z_weight * log_z^2.
 
-    `mtp_weight` and `router_bias_rate` may be schedules over tokens. `loss_chunk` bounds the positions of a row whose
-    logits exist at a time; 0: all. `micro_batches` divides the rows of a batch into so many passes, with the same
-    result. A step is skipped where its gradient norm is above `norm_ratio` times the running median, or where `guard`
-    finds no finite number. Raises ValueError naming the field.
+    `attention` and `indexer_loss` are those of `transformer.forward`. Parameters with a tag of `frozen`, or without any
+    of `trainable` (None: all train), have no gradient, so that none of it is computed or counts in the norm; build the
+    optimiser with the same. `mtp_weight` and `router_bias_rate` may be schedules over the tokens of a stage.
+    `loss_chunk` bounds the positions of a row whose logits exist at a time; 0: all. `micro_batches` divides the rows of
+    a batch into so many passes, with the same result. A step is skipped where its gradient norm is above `norm_ratio`
+    times the running median, or where `guard` finds no finite number. Raises ValueError naming the field.
     """
 
     mtp_steps: int = 0
     mtp_weight: float | Schedule = 0.3
     z_weight: float = 0.0
     balance_weight: float = 1e-4
+    attention: Literal["dense", "sparse"] = "sparse"
     indexer_loss: Literal["dense", "sparse"] | None = "sparse"
     indexer_weight: float = 1.0
     router_bias_rate: float | Schedule = 1e-3
@@ -47,10 +50,16 @@ class Options:
     loss_chunk: int = 0
     micro_batches: int = 1
     norm_ratio: float = 10.0
+    frozen: Collection[str] = ()
+    trainable: Collection[str] | None = None
 
     def __post_init__(self) -> None:
         if self.indexer_loss not in (None, "dense", "sparse"):
             raise ValueError(f"Options.indexer_loss: expected None, 'dense' or 'sparse', found {self.indexer_loss!r}")
+        if self.attention not in ("dense", "sparse"):
+            raise ValueError(f"Options.attention: expected 'dense' or 'sparse', found {self.attention!r}")
+        if self.attention == "dense" and self.indexer_loss == "sparse":
+            raise ValueError("Options.indexer_loss: expected None or 'dense' with dense attention, found 'sparse'")
         for field in ("mtp_steps", "mtp_weight", "z_weight", "balance_weight", "indexer_weight", "router_bias_rate",
                       "loss_chunk"):
             value = getattr(self, field)
@@ -73,7 +82,7 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     `skipped/<reason>` as a share of the steps, and `skipped_in_row`.
     """
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        tokens_seen = as_float(state.tokens_seen)
+        tokens_seen = as_float(state.stage_tokens)
         loss, metrics, loads, grads = _gradients(state.params, config, options, batch,
                                                  schedules.at(options.mtp_weight, tokens_seen))
         grads, norm = clip(grads, options.max_grad_norm)
@@ -90,7 +99,8 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
         metrics |= {"grad_norm": Mean.of(norm), "tokens": Mean.of(tokens), "skipped_in_row": Mean.of(watch.in_row),
                     "expert_load": Mean.of(load_LE.max(-1) / jnp.maximum(load_LE.mean(-1), 1e-30)),
                     **{f"skipped/{reason}": Mean.of(found) for reason, found in reasons.items()}}
-        return TrainState(state.step + 1, params, opt_state, add_tokens(state.tokens_seen, tokens), watch), metrics
+        return TrainState(state.step + 1, params, opt_state, add_tokens(state.tokens_seen, tokens),
+                          add_tokens(state.stage_tokens, tokens), watch), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -118,11 +128,12 @@ def _gradients(params: Any, config: ModelConfig, options: Options, batch: Batch,
     return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, one(part)), None), nothing, parts)[0]
 
 
-def make_eval_step(config: ModelConfig, loss_chunk: int = 0) -> Callable[[Any, Batch], Mean]:
+def make_eval_step(config: ModelConfig, loss_chunk: int = 0, attention: Literal["dense", "sparse"] = "sparse"
+                   ) -> Callable[[Any, Batch], Mean]:
     """The jitted evaluation of parameters on a batch: nats summed over its predicted tokens, and how many they are."""
     def eval_step(params: Any, batch: Batch) -> Mean:
         output = transformer.forward(params, config, batch.tokens, positions=batch.positions,
-                                     segment_ids=batch.segment_ids)
+                                     segment_ids=batch.segment_ids, attention=attention)
         nats, _ = _cross_entropy(params, config, output.hidden, batch.targets, loss_chunk)
         return Mean.of(nats, batch.weights)
 
@@ -172,6 +183,13 @@ def _predictions(batch: Batch, options: Options) -> tuple[jax.Array, jax.Array]:
     return targets, weights
 
 
+def _detached(params: Any, config: ModelConfig, options: Options) -> Any:
+    """The parameters, those without gradient detached: what would only be made for them is then not computed."""
+    groups = partition.groups(transformer.param_specs(config), optimizer="adamw", frozen=options.frozen,
+                              trainable=options.trainable)
+    return jax.tree.map(lambda x, group: jax.lax.stop_gradient(x) if group == "frozen" else x, params, groups)
+
+
 class Counts(NamedTuple):
     """What sums are divided by, all of the whole global batch, of trunk and MTP steps, float32 [1 + steps] each."""
 
@@ -188,10 +206,11 @@ def _counts(batch: Batch, options: Options) -> Counts:
 def _objective(params: Any, config: ModelConfig, options: Options, batch: Batch, counts: Counts,
                mtp_weight: jax.Array) -> tuple[jax.Array, tuple[Metrics, dict[str, jax.Array]]]:
     """The part of the loss that a micro-batch adds, by the `counts` of the whole; all that is returned adds up."""
-    steps = options.mtp_steps
+    steps, params = options.mtp_steps, _detached(params, config, options)
     part = lambda x: Mean(jnp.asarray(x, jnp.float32), jnp.float32(1 / options.micro_batches))
     output = transformer.forward(params, config, batch.tokens, positions=batch.positions,
-                                 segment_ids=batch.segment_ids, mtp_steps=steps, indexer_loss=options.indexer_loss)
+                                 segment_ids=batch.segment_ids, mtp_steps=steps, attention=options.attention,
+                                 indexer_loss=options.indexer_loss)
     aux = output.aux
     hidden = output.hidden[None] if output.mtp_hidden is None else jnp.concatenate([output.hidden[None],
                                                                                     output.mtp_hidden])

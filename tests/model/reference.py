@@ -162,6 +162,7 @@ class Row:
             logits = q[:, h, :nope] @ kv[:, h, :nope].T + q_rope[:, h] @ k_rope.T
             p[h] = softmax(logits / np.sqrt(nope + c.qk_rope_head_dim), mask)
             mixed[:, h] = p[h] @ kv[:, h, nope:]
+        self.found[f"attention/{i}"] = p.mean(0)
         if self.indexer_loss:
             target, guess = p.mean(0), softmax(self.scores, mask)
             terms = np.zeros_like(target)

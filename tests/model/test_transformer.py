@@ -330,6 +330,28 @@ def test_holes_and_interleaved_documents_change_nothing():
         np.testing.assert_allclose(mixed[b][segments[b] == i], apart[b][alone[b] == i], rtol=1e-4, atol=5e-5)
 
 
+def test_dense_attention_needs_no_indexer():
+    params = random_params(MICRO)
+    run = lambda config, params=params, **options: np.asarray(glm5.forward(
+        params, config, TOKENS[:1], segment_ids=SEGMENTS[:1], **options).logits)
+    dense = run(MICRO, attention="dense")
+    close(dense, reference.rows(MICRO, glm5.to_hf(MICRO, params), TOKENS[:1], segments=SEGMENTS[:1],
+                                indexer_loss="dense")[0].logits[None], "logits")
+    assert np.abs(run(MICRO) - dense).max() > 1e-3  # the selection leaves keys out
+    np.testing.assert_array_equal(run(gathered(MICRO).replace(query_chunk=MICRO.query_chunk), attention="dense"), dense)
+    spoiled = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * np.nan if "indexer" in jax.tree_util.keystr(path) else x, params)
+    np.testing.assert_array_equal(run(MICRO, spoiled, attention="dense"), dense)
+
+
+def test_dense_attention_with_a_cache_leaves_its_index_keys():
+    params, tokens = random_params(MICRO), TOKENS[:1]
+    cache = glm5.init_cache(MICRO, 1, 17)
+    whole = glm5.forward(params, MICRO, tokens, cache=cache, attention="dense").cache
+    np.testing.assert_array_equal(whole.index_keys_NBSC[0], glm5.forward(params, MICRO, tokens,
+                                                                         cache=cache).cache.index_keys_NBSC[0])
+
+
 @pytest.mark.parametrize("indexer_loss", ["dense", "sparse"])
 def test_nan_scores_are_counted_and_not_visible(indexer_loss):
     params = jax.tree.map(lambda x: x, pair_params())
@@ -383,6 +405,7 @@ def test_init_follows_the_specs_and_the_key():
     (dict(tokens=np.full((1, 24), -1, np.int32)), "tokens"), (dict(tokens=np.zeros((1, 0), np.int32)), "tokens"),
     (dict(positions=np.zeros((1, 3), np.int32)), "positions"), (dict(positions=np.zeros((1, 24))), "positions"),
     (dict(segment_ids=np.zeros(24, np.int32)), "segment_ids"), (dict(indexer_loss="both"), "indexer_loss"),
+    (dict(attention="both"), "attention"), (dict(attention="dense", indexer_loss="sparse"), "indexer_loss"),
     (dict(collect=("logits",)), "collect"), (dict(mtp_steps=-1), "mtp_steps")])
 def test_errors_name_the_argument(options, message):
     with pytest.raises(ValueError, match=f"^{message}:"):

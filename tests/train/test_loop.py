@@ -47,7 +47,7 @@ def mix(state, batch):
 
 def start():
     return train_state.TrainState(jnp.zeros((), jnp.int32), {"w": jnp.arange(5.0)}, (), jnp.zeros(2, jnp.int32),
-                                  guard.fresh())
+                                  jnp.zeros(2, jnp.int32), guard.fresh())
 
 
 def abstract(state):
