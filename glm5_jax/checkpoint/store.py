@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from glm5_jax.core import params as core_params
 
 _DELETED = ".deleted"
+_UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
 class Store:
@@ -33,11 +34,11 @@ class Store:
         logging.getLogger("absl").addFilter(_without_orbax_chatter)
         # A checkpoint is moved away in one step and deleted there: half of one is never where a checkpoint could be.
         options = (ocp.CheckpointManagerOptions(read_only=True) if read_only else ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, cleanup_tmp_directories=True, todelete_subdir=_DELETED))
+            max_to_keep=keep, create=True, todelete_subdir=_DELETED))
+        self._remove_unfinished()
         self._manager = ocp.CheckpointManager(
             self.directory, options=options,
             item_handlers={"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()})
-        self._empty_deleted()
 
     def save(self, step: int, state: Any, extra: Any) -> None:
         """Saves `state` and the JSON value `extra` as `step`; an error of the writing shows at the next call."""
@@ -104,6 +105,13 @@ class Store:
                 raise ValueError(f"checkpoint {self.directory / str(step)} is of another model or optimiser: {name}: "
                                  f"expected {here}, found {there}; pass the config it was made with, or start anew in "
                                  f"another directory")
+
+    def _remove_unfinished(self) -> None:
+        """At once, while Orbax would do so in the background."""
+        if not self._read_only and jax.process_index() == 0:
+            for path in self.directory.glob(_UNFINISHED):
+                shutil.rmtree(path)
+        self._empty_deleted()
 
     def _empty_deleted(self) -> None:
         if not self._read_only and jax.process_index() == 0:

@@ -78,7 +78,8 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     """The jitted step; the state that goes in is donated.
 
     Metrics: `loss`, `lm_loss` and `mtp_loss/<k>` in nats per token, `indexer_kl`, `balance_loss`, `grad_norm` before
-    clipping, `expert_load` (of the busiest expert over the mean, mean over layers), `index_nan` and `tokens` per step,
+    clipping, `expert_load` (of the busiest expert over the mean, mean over layers that have some), `index_nan` and
+    `tokens` per step,
     `skipped/<reason>` as a share of the steps, and `skipped_in_row`.
     """
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -95,10 +96,11 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
                                          (state.params, state.opt_state))
         watch = guard.after(state.guard, norm, taken)
         tokens = jnp.sum(batch.segment_ids != 0, dtype=jnp.int32)
-        load_LE = loads["expert_load"].astype(jnp.float32)
         metrics |= {"grad_norm": Mean.of(norm), "tokens": Mean.of(tokens), "skipped_in_row": Mean.of(watch.in_row),
-                    "expert_load": Mean.of(load_LE.max(-1) / jnp.maximum(load_LE.mean(-1), 1e-30)),
                     **{f"skipped/{reason}": Mean.of(found) for reason, found in reasons.items()}}
+        load_LE = loads["expert_load"].astype(jnp.float32)
+        if load_LE.size:
+            metrics["expert_load"] = Mean.of(load_LE.max(-1) / jnp.maximum(load_LE.mean(-1), 1e-30))
         return TrainState(state.step + 1, params, opt_state, add_tokens(state.tokens_seen, tokens),
                           add_tokens(state.stage_tokens, tokens), watch), metrics
 

@@ -64,6 +64,7 @@ def test_a_half_written_checkpoint_is_never_listed(tmp_path):
     torn = tmp_path / "9.orbax-checkpoint-tmp-123"
     (torn / "state").mkdir(parents=True)
     with Store(tmp_path) as store:
+        assert not torn.exists()
         assert store.latest_step() == 3
         store.save(9, example(4.0), None)
     with Store(tmp_path) as store:
