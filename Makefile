@@ -6,16 +6,17 @@ VENV ?= .venv
 PINS ?=
 PARITY_PYTHON ?= python3.11
 PARITY_VENV ?= .venv-parity
+AOT_VENV ?= .venv-aot
 # What run runs: an experiment file, a name in it, options. make run CONFIG=experiments/glm5.py:tiny,data=stdlib
 CONFIG ?= experiments/glm5.py:tiny
-# Added to the command of run, test, test-slow and parity.
+# Added to the command of run, test, test-slow, test-aot, parity and evidence.
 ARGS ?=
 GET_PIP ?= https://bootstrap.pypa.io/get-pip.py
 
 CODE := $(wildcard glm5_jax pallas_kernels experiments benchmarks tests)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup run test test-slow parity lint clean
+.PHONY: help setup run test test-slow test-aot parity evidence lint clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -34,8 +35,16 @@ test-slow: setup  ## Run the tests marked slow
 	  if [ $$code -eq 5 ] && ! grep -rq --include='*.py' 'mark\.slow' tests; \
 	  then echo "No test is marked slow yet."; else exit $$code; fi; }
 
+test-aot: $(AOT_VENV)/.installed  ## Compile every kernel for absent TPUs and GPUs; compare what the compilers say
+	@$(AOT_VENV)/bin/python tests/kernels/aot/run.py $(ARGS)
+
 parity: $(PARITY_VENV)/.installed  ## Compare with the reference implementation (Python 3.11, torch and transformers)
 	@$(PARITY_VENV)/bin/python tests/golden/parity.py $(ARGS)
+
+EVIDENCE := muon_split dsa_adaptation mtp_sharing length_extension
+
+evidence: setup  ## Run the experiments behind the claims, up to half an hour each (ARGS=--quick: seconds, toy size)
+	@for name in $(EVIDENCE); do $(VENV)/bin/python experiments/evidence/$$name.py $(ARGS) || exit 1; done
 
 lint: setup  ## flake8, mypy, and byte-compilation of every file
 	@$(VENV)/bin/python -m flake8 $(CODE)
@@ -43,7 +52,7 @@ lint: setup  ## flake8, mypy, and byte-compilation of every file
 	@$(VENV)/bin/python -m compileall -q $(CODE)
 
 clean:  ## Remove environments, caches and build leftovers; runs/ stays
-	rm -rf $(VENV) $(PARITY_VENV) .cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(PARITY_VENV) $(AOT_VENV) .cache .hypothesis build dist *.egg-info
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call make_venv,folder,python): the stamp comes last, so an interrupted attempt is cleared and made anew. Debian
@@ -69,6 +78,7 @@ endef
 
 PACKAGES = '.[test,lint,viz]' $(PINS)
 PARITY_PACKAGES = '.[parity]'
+AOT_PACKAGES = '.[aot]' $(PINS)
 PARITY_FOUND = $(shell for python in $(PARITY_PYTHON) $(PYTHON); do \
   $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$python && break; done)
 
@@ -80,6 +90,12 @@ $(VENV)/.made:
 
 $(VENV)/.installed: setup.cfg pyproject.toml | $(VENV)/.made
 	$(call install,$(VENV),$(PACKAGES),a minute or two)
+
+$(AOT_VENV)/.made:
+	$(call make_venv,$(AOT_VENV),$(PYTHON))
+
+$(AOT_VENV)/.installed: setup.cfg pyproject.toml | $(AOT_VENV)/.made
+	$(call install,$(AOT_VENV),$(AOT_PACKAGES),compilers of 2 GB: a few minutes)
 
 $(PARITY_VENV)/.made:
 	@[ -n "$(PARITY_FOUND)" ] || { \

@@ -13,6 +13,7 @@ from glm5_jax.core.metrics import Mean
 from glm5_jax.core.params import ParamSpec, with_tags
 from glm5_jax.model.config import ModelConfig
 from glm5_jax.model.primitives import Params, matrix, mlp, mlp_specs
+from pallas_kernels.moe_dispatch import api, permute
 
 
 @struct.dataclass
@@ -77,16 +78,11 @@ def _limit_groups(choice_NE: jax.Array, groups: int, keep: int) -> jax.Array:
 
 def apply_experts(params: Params, routing: Routing, x_ND: jax.Array) -> jax.Array:
     """sum over the chosen experts of weight * (silu(x Wg) * x Wu) Wd; tokens are sorted by expert, none is dropped."""
-    tokens, active = routing.experts_NA.shape
-    experts = routing.experts_NA.reshape(-1)
-    order = jnp.argsort(experts, stable=True)
-    x = x_ND[order // active]
-    sizes_E = jnp.zeros(params["gate"].shape[0], jnp.int32).at[experts].add(1)
-    product = lambda y, name: lax.ragged_dot(y, params[name].astype(y.dtype), sizes_E)
+    permutation, sizes_E = permute.sort_by_expert(routing.experts_NA, params["gate"].shape[0])
+    x = permute.dispatch(x_ND, permutation)
+    product = lambda y, name: api.grouped_matmul(y, params[name].astype(y.dtype), sizes_E)
     y = product(jax.nn.silu(product(x, "gate")) * product(x, "up"), "down")
-    y_NAD = y[jnp.argsort(order)].reshape(tokens, active, -1)
-    return jnp.einsum("na,nad->nd", routing.weights_NA, y_NAD,
-                      preferred_element_type=jnp.float32).astype(x_ND.dtype)
+    return permute.combine(y, permutation, routing.weights_NA)
 
 
 def router_stats(config: ModelConfig, routing: Routing, valid_BT: jax.Array) -> RouterStats:

@@ -1,0 +1,1 @@
+"""The lightning indexer of DeepSeek Sparse Attention: index scores and the exact selection of keys."""

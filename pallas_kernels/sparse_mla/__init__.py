@@ -1,0 +1,1 @@
+"""Multi-head latent attention over selected keys, forward and backward."""
