@@ -334,3 +334,12 @@ def test_a_stage_may_read_files_of_its_own(tmp_path):
     (tmp_path / "said.jsonl").write_text("")
     with pytest.raises(ValueError, match="said.jsonl: expected a conversation per line, found an empty file"):
         pipeline.load(job, "sft", Tokenizer.packaged())
+
+
+def test_a_run_that_diverges_says_so_without_a_traceback(tmp_path, capsys, monkeypatch):
+    def diverge(job, rundir):
+        raise loop.Diverged(7, 3, {"not_finite": 3.0})
+
+    monkeypatch.setattr(pipeline, "run", diverge)
+    assert command.main(arguments(tmp_path / "run")) == 2
+    assert "error: step 7: the last 3 steps were all skipped (not_finite in 3)" in capsys.readouterr().err

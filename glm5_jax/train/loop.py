@@ -48,7 +48,7 @@ class Cadence:
                 raise ValueError(f"Cadence.{field.name}: expected at least {least}, found {getattr(self, field.name)}")
 
 
-class Diverged(Exception):
+class Diverged(RuntimeError):
     """So many steps in a row were skipped that going on makes no sense."""
 
     def __init__(self, step: int, in_row: int, reasons: Mapping[str, float]):
