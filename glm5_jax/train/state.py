@@ -45,7 +45,15 @@ def from_params(params: Any, optimizer: optax.GradientTransformation) -> TrainSt
 
 def next_stage(state: TrainState, optimizer: optax.GradientTransformation, *, keep: bool = False) -> TrainState:
     """The state with which another stage begins: the parameters, steps and tokens in all as they are, the tokens of
-    the stage 0, the guard fresh; what the optimiser remembers is as new, or with `keep` as it was."""
+    the stage 0, the guard fresh; what the optimiser remembers is as new, or with `keep` as it was.
+
+    Raises ValueError for `keep` where the optimiser keeps something else than the one before.
+    """
+    kept, wanted = (jax.tree_util.tree_flatten_with_path(tree)[0]
+                    for tree in (state.opt_state, jax.eval_shape(optimizer.init, state.params)))
+    if keep and [path for path, _ in kept] != [path for path, _ in wanted]:
+        raise ValueError("keep: expected an optimiser for the same parameters as in the stage before, found another; "
+                         "begin it anew, with keep=False")
     opt_state = state.opt_state if keep else jax.jit(optimizer.init)(state.params)
     return TrainState(state.step, state.params, opt_state, state.tokens_seen, jnp.zeros(2, jnp.int32), guard.fresh())
 

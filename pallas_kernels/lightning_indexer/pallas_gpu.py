@@ -154,7 +154,7 @@ def _select_kernel(range_ref, keys_ref, out_ref, *, top_k: int, rows: int, chunk
     high, above = jnp.where(at_least <= top_k, low, high), jnp.where(at_least <= top_k, at_least, above)
     wanted = jnp.minimum(top_k, at_least) - above  # of the keys in [low, high), the first ones
 
-    def write(step: jax.Array, before: jax.Array) -> jax.Array:
+    def write(step: jax.Array, before: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """`before` and the sums hold two counts: sure ones in the low half, candidates in the high half."""
         key = keys_ref[*row, pl.ds(step * chunk, chunk)]
         sure, maybe = key >= high, (key >= low) & (key < high)

@@ -54,7 +54,8 @@ def _scores_kernel(range_ref, q_meta_ref, k_meta_ref, w_ref, q_ref, k_ref, out_r
     @pl.when(seen)
     def _():
         # Keys stream through the matrix unit and queries stay: the weights are then rows, and need no cross-lane moves.
-        k_SC, total_ST = k_ref[...], None
+        k_SC = k_ref[...]
+        total_ST: Any = None
         for head in range(q_ref.shape[0]):
             products = lax.dot_general(k_SC, q_ref[head], NT, precision=_precision(k_SC.dtype),
                                        preferred_element_type=jnp.float32)

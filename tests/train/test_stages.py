@@ -154,6 +154,8 @@ def test_a_stage_may_keep_what_the_optimiser_remembers(small, stages):
     jax.tree.map(np.testing.assert_array_equal, kept.opt_state, moved.opt_state)
     fresh = train_state.next_stage(moved, stages[0].optimizer)
     jax.tree.map(np.testing.assert_array_equal, fresh.opt_state, state.opt_state)
+    with pytest.raises(ValueError, match="keep: expected an optimiser for the same parameters"):
+        train_state.next_stage(moved, stages[2].optimizer, keep=True)
     assert kept.stage_tokens.sum() == fresh.stage_tokens.sum() == 0 and kept.tokens_seen.sum() == 14
 
 

@@ -225,3 +225,20 @@ def test_options_name_the_field():
         train_step.Options(loss_chunk=-4)
     with pytest.raises(ValueError, match="Options.max_grad_norm"):
         train_step.Options(max_grad_norm=0)
+
+
+@pytest.mark.slow
+def test_bfloat16_computes_and_float32_remembers(small, small_params, batch):
+    optimizer = partition.build(transformer.param_specs(small), learning_rate=1e-2, optimizer="adamw")
+    after = {}
+    for dtype in ("float32", "bfloat16"):
+        config = small.replace(dtype=dtype)
+        state = train_state.from_params(jax.tree.map(jnp.copy, small_params), optimizer)
+        after[dtype] = train_step.make_train_step(config, optimizer, ONE_MTP_STEP)(state, batch)
+    (exact, exact_metrics), (state, metrics) = after["float32"], after["bfloat16"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)} <= {jnp.dtype("float32"), jnp.dtype("int32")}
+    losses = [float(each["lm_loss"].value()) for each in (exact_metrics, metrics)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and losses[0] != losses[1]
+    in_bfloat16 = jax.tree.map(lambda x: bool(jnp.all(x == x.astype(jnp.bfloat16))), state.params["layers"])
+    assert not any(jax.tree.leaves(in_bfloat16["0"]["attention"]))  # digits that bfloat16 has not
