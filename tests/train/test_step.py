@@ -235,7 +235,7 @@ def test_bfloat16_computes_and_float32_remembers(small, small_params, batch):
         config = small.replace(dtype=dtype)
         state = train_state.from_params(jax.tree.map(jnp.copy, small_params), optimizer)
         after[dtype] = train_step.make_train_step(config, optimizer, ONE_MTP_STEP)(state, batch)
-    (exact, exact_metrics), (state, metrics) = after["float32"], after["bfloat16"]
+    (_, exact_metrics), (state, metrics) = after["float32"], after["bfloat16"]
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)} <= {jnp.dtype("float32"), jnp.dtype("int32")}
     losses = [float(each["lm_loss"].value()) for each in (exact_metrics, metrics)]
