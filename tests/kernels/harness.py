@@ -7,11 +7,14 @@ from typing import Any, Callable, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-# What the tests of an operation run. Those of Pallas are interpreted, so that they run on a CPU.
+# What the tests of an operation run. Those of Pallas are interpreted, so that they run on a CPU. To interpret the
+# selections takes seconds a case: `test_tiles.py` has a few for every run, all are slow.
+_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pallas_tpu", "pallas_gpu")]
 IMPLEMENTATIONS = {
     "index_scores": ["reference", "xla", "pallas_tpu", "pallas_gpu"],
-    "select_topk": ["reference", "xla", "pallas_tpu", "pallas_gpu"],
+    "select_topk": ["reference", "xla", *_SLOW],
     "sparse_mla": ["reference", "xla", "pallas_tpu", "pallas_gpu"],
 }
 
