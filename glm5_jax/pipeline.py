@@ -127,7 +127,7 @@ def load(job: Job, name: str, tokenizer: Tokenizer) -> Rows:
 
 def _conversations(source: str, seed: int) -> tuple[sft.Conversation, ...]:
     if source != ARITHMETIC:
-        return sft.read(source)
+        return sft.read(pathlib.Path(source).expanduser())
     tasks = (arithmetic(number, level=level) for number in range(seed * QUESTIONS, (seed + 1) * QUESTIONS)
              for level in (1, 2))
     return tuple(sft.Conversation(({"role": "user", "content": task.prompt},

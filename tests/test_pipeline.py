@@ -319,7 +319,7 @@ def test_conversations_that_say_the_same_are_not_held_out():
         pipeline._split(said[:1] * 2, 0.5)
 
 
-def test_a_stage_may_read_files_of_its_own(tmp_path):
+def test_a_stage_may_read_files_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "text").mkdir()
     for name in "ab":
         (tmp_path / "text" / f"{name}.txt").write_text("some words " * 30)
@@ -331,6 +331,12 @@ def test_a_stage_may_read_files_of_its_own(tmp_path):
     text, said = (pipeline.load(job, name, Tokenizer.packaged()) for name in ("pretrain", "sft"))
     assert text.held_out_bytes == 330 and said.held_out_bytes is None
     assert said.train.weights.sum() > 0 and said.held_out.weights.sum() > 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    at_home = jobs.resolve(values(stages__pretrain__source="~/text", stages__sft__source="~/said.jsonl",
+                                  held_out_fraction=0.5))
+    for name, rows in (("pretrain", text), ("sft", said)):
+        again = pipeline.load(at_home, name, Tokenizer.packaged())
+        jax.tree.map(np.testing.assert_array_equal, again.train, rows.train)
     (tmp_path / "said.jsonl").write_text("")
     with pytest.raises(ValueError, match="said.jsonl: expected a conversation per line, found an empty file"):
         pipeline.load(job, "sft", Tokenizer.packaged())

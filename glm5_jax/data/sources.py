@@ -247,12 +247,12 @@ def load(name: str) -> Sequence[Document]:
     """
     if name in SOURCES:
         return SOURCES[name]()
-    path = pathlib.Path(name)
+    path = pathlib.Path(name).expanduser()
     reader = TextFiles if path.is_dir() else READERS.get(path.suffix)
     if reader is None:
         raise ValueError(f"data: expected one of {sorted(SOURCES)}, found {name!r}; "
                          f"nor is that a folder or a file that ends in one of {sorted(READERS)}")
-    return reader(name)
+    return reader(str(path))
 
 
 def fingerprint(documents: Sequence[Document]) -> str:
