@@ -348,8 +348,10 @@ def test_dense_attention_with_a_cache_leaves_its_index_keys():
     params, tokens = random_params(MICRO), TOKENS[:1]
     cache = glm5.init_cache(MICRO, 1, 17)
     whole = glm5.forward(params, MICRO, tokens, cache=cache, attention="dense").cache
-    np.testing.assert_array_equal(whole.index_keys_NBSC[0], glm5.forward(params, MICRO, tokens,
-                                                                         cache=cache).cache.index_keys_NBSC[0])
+    sparse = glm5.forward(params, MICRO, tokens, cache=cache).cache
+    assert np.abs(sparse.index_keys_NBSC[0]).max() > 0.1
+    # Two programs: a compiler may round the same keys differently.
+    np.testing.assert_allclose(whole.index_keys_NBSC[0], sparse.index_keys_NBSC[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("indexer_loss", ["dense", "sparse"])
