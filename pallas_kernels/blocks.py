@@ -34,11 +34,15 @@ GPU = AttentionBlocks(1 << 28, 1 << 28, 4, whole_batch=True, ordered_scatter=Fal
 
 
 def over_queries(fn: Callable[..., Any], size: int, *args: Any, axis: int = 1) -> Any:
-    """`fn(*args)` over blocks of `size` queries, which are `axis` of every array of `args` and of the result."""
+    """`fn(*args)` over blocks of `size` queries, which are `axis` of every array of `args` and of the result.
+
+    A checkpoint each: what does not depend on the weights, such as who sees whom, would else be kept for all blocks at
+    once where a layer is differentiated.
+    """
     length = jax.tree.leaves(args)[0].shape[axis]
     if length <= size:
         return fn(*args)
-    out = lax.map(lambda block: fn(*block), split(args, size, axis))
+    out = lax.map(lambda block: jax.checkpoint(fn)(*block), split(args, size, axis))
     return merge(out, length, axis)
 
 

@@ -7,8 +7,12 @@ B batch, T new tokens, S slots, L layers, N layers with an indexer, R latent ran
 steps.
 """
 
+import dataclasses
+from typing import Iterator
+
 from flax import struct
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from glm5_jax.model.config import ModelConfig
@@ -47,6 +51,23 @@ def init_cache(config: ModelConfig, batch: int, max_len: int, *, dtype: str | No
         mtp_segment_ids_UBS=jnp.zeros((steps, batch, max_len), jnp.int32),
         last_tokens_BU=jnp.zeros((batch, steps), jnp.int32),
         last_hidden_BUD=jnp.zeros((batch, steps, config.hidden_size), cache_dtype))
+
+
+def row(cache: Cache, index: jax.Array) -> Cache:
+    """One row as a cache of its own, of batch 1."""
+    return Cache(**{name: lax.dynamic_slice_in_dim(x, index, 1, axis) for name, x, axis in _by_row(cache)})
+
+
+def with_row(cache: Cache, index: jax.Array, one: Cache) -> Cache:
+    """The cache with `one`, of batch 1, in the place of one row."""
+    return Cache(**{name: lax.dynamic_update_slice_in_dim(x, getattr(one, name), index, axis)
+                    for name, x, axis in _by_row(cache)})
+
+
+def _by_row(cache: Cache) -> Iterator[tuple[str, jax.Array, int]]:
+    """Every field and its axis of rows, which its suffix names."""
+    for field in dataclasses.fields(cache):
+        yield field.name, getattr(cache, field.name), field.name.rpartition("_")[2].index("B")
 
 
 def put(slots_BS: jax.Array, index_BT: jax.Array, new_BT: jax.Array) -> jax.Array:

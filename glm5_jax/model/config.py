@@ -8,6 +8,7 @@ import math
 from typing import Any, Iterator, Literal, NamedTuple
 
 from glm5_jax.core.mesh import ShardingRules
+from pallas_kernels import IMPLEMENTATIONS
 
 IndexerType = Literal["full", "shared"]
 MlpType = Literal["dense", "sparse"]
@@ -84,6 +85,9 @@ class ModelConfig:
     query_chunk: int = 128  # queries per block of selection and attention
     dense_attention_max_len: int = 2048  # up to this many keys attention is masked dense, beyond it is gathered
     mtp_unroll: int = 3  # steps of the shared multi-token-prediction layer that a cache has room for
+    # Of `pallas_kernels.IMPLEMENTATIONS`, for selection, sparse attention and experts; None: each chooses for itself.
+    kernels: str | None = None
+    interpret_kernels: bool = False  # a Pallas implementation on any platform, slowly
     sharding: ShardingRules = ShardingRules()
 
     def __post_init__(self) -> None:
@@ -133,7 +137,7 @@ class ModelConfig:
             value = getattr(self, field)
             yield (isinstance(value, int) and not isinstance(value, bool) and value >= 0, field,
                    "an integer, 0 or more")
-        for field in ("norm_topk_prob", "attention_bias", "tie_word_embeddings"):
+        for field in ("norm_topk_prob", "attention_bias", "tie_word_embeddings", "interpret_kernels"):
             yield isinstance(getattr(self, field), bool), field, "True or False"
 
     def _relations(self) -> Iterator[tuple[bool, str, str]]:
@@ -157,11 +161,19 @@ class ModelConfig:
         yield self.remat in ("none", "full", "dots"), "remat", "'none', 'full' or 'dots'"
         for field in DTYPE_FIELDS:
             yield getattr(self, field) in ("float32", "bfloat16"), field, "'float32' or 'bfloat16'"
+        yield self.kernels in (None, *IMPLEMENTATIONS), "kernels", f"None or one of {', '.join(IMPLEMENTATIONS)}"
+        pallas = str(self.kernels).startswith("pallas")
+        yield pallas or not self.interpret_kernels, "interpret_kernels", "False where `kernels` names no Pallas kernels"
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer, without the MTP layer."""
         return tuple(map(LayerKind, self.indexer_types, self.mlp_layer_types))
+
+    @property
+    def kernel_options(self) -> dict[str, Any]:
+        """The arguments of an operation of `pallas_kernels` that say which implementation runs."""
+        return {"implementation": self.kernels, "interpret": self.interpret_kernels}
 
     @property
     def qk_head_dim(self) -> int:

@@ -16,6 +16,8 @@ from glm5_jax.model import dsa, mla, moe
 from glm5_jax.model.cache import put_layer
 from glm5_jax.model.config import LayerKind, ModelConfig
 from glm5_jax.model.primitives import Params, mlp, mlp_specs, norm_scale, over_queries, rms_norm
+import pallas_kernels
+from pallas_kernels.lightning_indexer.reference import visible
 
 COLLECTABLE = ("hidden", "index_scores", "selected", "router")
 
@@ -107,7 +109,9 @@ def apply(params: Params, config: ModelConfig, kind: LayerKind, flow: Flow, view
                 if request.indexer_loss:
                     flow = flow.replace(index=index)
                 if "index_scores" in request.collect:
-                    report["index_scores"] = _masked_scores(index, view)
+                    report["index_scores"] = pallas_kernels.index_scores(
+                        index.queries_BTIC, index.keys_BSC, index.weights_BTI, scale=1.0,
+                        **_sight(view, view.positions_BT, view.segment_ids_BT), **config.kernel_options)
         q_BTHC = mla.queries(params["attention"], config, q_latent, view.rope)
         mixed, kl_BT = _attend(params["attention"], config, q_BTHC, rows_BSR, flow, view, request)
         x_BTD = flow.x_BTD + mla.output(params["attention"], mixed)
@@ -153,66 +157,96 @@ def _remember(flow: Flow, name: str, layer: jax.Array, view: View, new_BTC: jax.
     return stack[layer].astype(new_BTC.dtype), flow.replace(**{name: stack})
 
 
-def _visible(view: View, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    return dsa.visible(positions_BT, segment_ids_BT, view.key_positions_BS, view.key_segment_ids_BS)
-
-
-def _masked_scores(index: dsa.IndexInputs, view: View) -> jax.Array:
-    scores = dsa.index_scores(index.queries_BTIC, index.keys_BSC, index.weights_BTI)
-    return jnp.where(_visible(view, view.positions_BT, view.segment_ids_BT), scores, -jnp.inf)
+def _sight(view: View, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> dict[str, jax.Array]:
+    """Who sees whom, as the kernels take it."""
+    return {"q_positions": positions_BT, "k_positions": view.key_positions_BS,
+            "q_segments": segment_ids_BT, "k_segments": view.key_segment_ids_BS}
 
 
 def _select(config: ModelConfig, flow: Flow, index: dsa.IndexInputs, view: View) -> Flow:
     index = jax.lax.stop_gradient(index)  # a selection has no gradient
+    selected = pallas_kernels.select_topk(
+        index.queries_BTIC, index.keys_BSC, index.weights_BTI, scale=1.0, top_k=flow.selected_BTK.shape[-1],
+        **_sight(view, view.positions_BT, view.segment_ids_BT), **config.kernel_options)
+    return flow.replace(selected_BTK=checkpoint_name(selected, "selected"),
+                        index_nan=flow.index_nan + _count_nan(config, index, view))
 
-    def block(q: jax.Array, w: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scores = dsa.index_scores(q, index.keys_BSC, w)
-        return dsa.select_topk(scores, _visible(view, positions, segment_ids), flow.selected_BTK.shape[-1])
 
-    selected, nan_BT = over_queries(block, config.query_chunk, index.queries_BTIC, index.weights_BTI,
-                                    view.positions_BT, view.segment_ids_BT)
-    selected = checkpoint_name(selected, "selected")
-    return flow.replace(selected_BTK=selected, index_nan=flow.index_nan + nan_BT.sum())
+def _count_nan(config: ModelConfig, index: dsa.IndexInputs, view: View) -> jax.Array:
+    """The visible pairs whose index query, weight or key is not finite, int32 []."""
+    bad_q_BT = ~(jnp.isfinite(index.queries_BTIC).all((2, 3)) & jnp.isfinite(index.weights_BTI).all(2))
+    bad_k_BS = ~jnp.isfinite(index.keys_BSC).all(2)
+
+    def pairs() -> jax.Array:
+        def block(bad: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+            seen = visible(**_sight(view, positions, segment_ids))
+            return (seen & (bad[:, :, None] | bad_k_BS[:, None])).sum(-1, dtype=jnp.int32)
+
+        return over_queries(block, config.query_chunk, bad_q_BT, view.positions_BT, view.segment_ids_BT).sum()
+
+    return jax.lax.cond(bad_q_BT.any() | bad_k_BS.any(), pairs, lambda: jnp.zeros((), jnp.int32))
 
 
 def _attend(params: Params, config: ModelConfig, q_BTHC: jax.Array, rows_BSR: jax.Array, flow: Flow, view: View,
             request: Request) -> tuple[jax.Array, jax.Array | None]:
-    """Attention over the selection, [B, T, H, C], and the indexer's KL per query where it is asked for.
+    """Attention, [B, T, H, C], and the indexer's KL per query where it is asked for.
 
     Dense attention is over every visible key. Sparse attention is over the selected ones: masked dense up to
-    `dense_attention_max_len` keys; beyond, their latent rows are gathered.
+    `dense_attention_max_len` keys; beyond, their latent rows alone are read.
     """
-    keys, scale = rows_BSR.shape[1], config.qk_head_dim ** -0.5
-    dense = keys <= config.dense_attention_max_len or request.attention == "dense"
-    absorbed = not dense or mla.prefers_absorbed(config, q_BTHC.shape[1], keys)
+    if request.attention == "dense" or rows_BSR.shape[1] <= config.dense_attention_max_len:
+        return _attend_masked(params, config, q_BTHC, rows_BSR, flow, view, request)
+    return _attend_selected(params, config, q_BTHC, rows_BSR, flow, view, request)
+
+
+def _attend_masked(params: Params, config: ModelConfig, q_BTHC: jax.Array, rows_BSR: jax.Array, flow: Flow, view: View,
+                   request: Request) -> tuple[jax.Array, jax.Array | None]:
+    keys = rows_BSR.shape[1]
+    absorbed = mla.prefers_absorbed(config, q_BTHC.shape[1], keys)
     q = mla.absorb_queries(params, config, q_BTHC) if absorbed else q_BTHC
-    index = flow.index if request.indexer_loss else None
-    index_q, index_w = (index.queries_BTIC, index.weights_BTI) if index else (None, None)
+    k, v = (rows_BSR, rows_BSR[..., :config.kv_lora_rank]) if absorbed else mla.expand_rows(params, config, rows_BSR)
 
-    if dense:
-        latent_BSR = rows_BSR[..., :config.kv_lora_rank]
-        k, v = (rows_BSR, latent_BSR) if absorbed else mla.expand_rows(params, config, rows_BSR)
+    index = _index_of_loss(flow, request)
 
-        def block(q, selected, positions, segment_ids, index_q, index_w):
-            if request.attention == "dense":
-                mask = _visible(view, positions, segment_ids)
-            else:
-                mask = dsa.selection_mask(selected, keys)
-            out, p_BHTS = mla.attend_dense(q, k, v, mask, scale)
-            if index is None:
-                return out, None
-            return out, dsa.kl_rows(p_BHTS.mean(1), dsa.index_scores(index_q, index.keys_BSC, index_w), mask)
-    else:
-        # Rows of a cache have no gradient to accumulate, and are read as they are.
-        keys_BSR = rows_BSR.astype(jnp.float32) if view.slots_BT is None else rows_BSR
+    def block(q: jax.Array, selected: jax.Array, positions: jax.Array, segment_ids: jax.Array,
+              *scoring: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        sight = _sight(view, positions, segment_ids)
+        mask = visible(**sight) if request.attention == "dense" else dsa.selection_mask(selected, keys)
+        out, p_BHTS = mla.attend_dense(q, k, v, mask, config.qk_head_dim ** -0.5)
+        if index is None:
+            return out, None
+        index_q, index_w = scoring
+        scores = pallas_kernels.index_scores(index_q, index.keys_BSC, index_w, scale=1.0, **sight,
+                                             **config.kernel_options)
+        return out, dsa.kl_rows(p_BHTS.mean(1), scores, mask)
 
-        def block(q, selected, positions, segment_ids, index_q, index_w):
-            out, p_BTHK = mla.attend_selected(q, keys_BSR, selected, value_dim=config.kv_lora_rank, scale=scale)
-            if index is None:
-                return out, None
-            scores = dsa.index_scores_at(index_q, dsa.gather_rows(index.keys_BSC, selected), index_w)
-            return out, dsa.kl_rows(p_BTHK.mean(2), scores, selected >= 0)
-
-    mixed, kl_BT = over_queries(block, config.query_chunk, q, flow.selected_BTK, view.positions_BT,
-                                view.segment_ids_BT, index_q, index_w)
+    mixed, kl_BT = over_queries(block, config.query_chunk, q, flow.selected_BTK, view.positions_BT, view.segment_ids_BT,
+                                *((index.queries_BTIC, index.weights_BTI) if index else ()))
     return (mla.values_from_latent(params, mixed) if absorbed else mixed), kl_BT
+
+
+def _attend_selected(params: Params, config: ModelConfig, q_BTHC: jax.Array, rows_BSR: jax.Array, flow: Flow,
+                     view: View, request: Request) -> tuple[jax.Array, jax.Array | None]:
+    scale = config.qk_head_dim ** -0.5
+    q_BTHR = mla.absorb_queries(params, config, q_BTHC)
+    mixed, lse_BTH = pallas_kernels.sparse_mla(
+        q_BTHR, rows_BSR, flow.selected_BTK, scale=scale, value_dim=config.kv_lora_rank, return_lse=True,
+        **config.kernel_options)
+    out, index = mla.values_from_latent(params, mixed), _index_of_loss(flow, request)
+    if index is None:
+        return out, None
+
+    def block(q: jax.Array, lse: jax.Array, selected: jax.Array, index_q: jax.Array, index_w: jax.Array) -> jax.Array:
+        p_BTHK = mla.probabilities(q, dsa.gather_rows(rows_BSR, selected), selected >= 0, lse, scale)
+        scores = dsa.index_scores_at(index_q, dsa.gather_rows(index.keys_BSC, selected), index_w)
+        return dsa.kl_rows(p_BTHK.mean(2), scores, selected >= 0)
+
+    # The attention is the target here, not what learns.
+    q_BTHR, rows_BSR, lse_BTH = jax.lax.stop_gradient((q_BTHR, rows_BSR, lse_BTH))
+    return out, over_queries(block, config.query_chunk, q_BTHR, lse_BTH, flow.selected_BTK, index.queries_BTIC,
+                             index.weights_BTI)
+
+
+def _index_of_loss(flow: Flow, request: Request) -> dsa.IndexInputs | None:
+    """What the indexer's loss is made of, where it is asked for."""
+    return flow.index if request.indexer_loss else None

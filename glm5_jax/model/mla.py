@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from glm5_jax.core import masked
-from glm5_jax.model import dsa
 from glm5_jax.model.config import ModelConfig
 from glm5_jax.model.primitives import Params, bias, matrix, norm_scale, rms_norm, rotate
 
@@ -110,15 +109,8 @@ def attend_dense(q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array,
     return out.astype(v.dtype), p_BHTS
 
 
-def attend_selected(q_BTHR: jax.Array, rows_BSR: jax.Array, selected_BTK: jax.Array, *, value_dim: int,
-                    scale: float) -> tuple[jax.Array, jax.Array]:
-    """Absorbed attention over gathered keys: [B, T, H, value_dim] and the float32 probabilities [B, T, H, K].
-
-    The gradient of a key that many queries chose accumulates in the dtype of `rows_BSR`: float32 in training.
-    """
-    rows_BTKR = dsa.gather_rows(rows_BSR, selected_BTK).astype(q_BTHR.dtype)
+def probabilities(q_BTHR: jax.Array, rows_BTKR: jax.Array, present_BTK: jax.Array, lse_BTH: jax.Array,
+                  scale: float) -> jax.Array:
+    """The attention of absorbed queries to gathered rows, float32 [B, T, H, K], from the log-sum-exp of its logits."""
     logits = jnp.einsum("bthr,btkr->bthk", q_BTHR, rows_BTKR, preferred_element_type=jnp.float32) * scale
-    p_BTHK = masked.masked_softmax(logits, (selected_BTK >= 0)[:, :, None])
-    out = jnp.einsum("bthk,btkr->bthr", p_BTHK.astype(q_BTHR.dtype), rows_BTKR[..., :value_dim],
-                     preferred_element_type=jnp.float32)
-    return out.astype(q_BTHR.dtype), p_BTHK
+    return jnp.where(present_BTK[:, :, None], jnp.exp(logits - lse_BTH[..., None]), 0)

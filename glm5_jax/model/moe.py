@@ -3,17 +3,23 @@
 B batch, T positions, N = B*T tokens, D model width, F expert width, E experts, A active experts per token.
 """
 
+import functools
+import math
+
 from flax import struct
 import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
+from glm5_jax.core.mesh import spec
 from glm5_jax.core.metrics import Mean
 from glm5_jax.core.params import ParamSpec, with_tags
 from glm5_jax.model.config import ModelConfig
 from glm5_jax.model.primitives import Params, matrix, mlp, mlp_specs
 from pallas_kernels.moe_dispatch import api, permute
+from pallas_kernels.moe_dispatch.expert_parallel import expert_parallel
 
 
 @struct.dataclass
@@ -76,13 +82,60 @@ def _limit_groups(choice_NE: jax.Array, groups: int, keep: int) -> jax.Array:
     return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice_NE.shape)
 
 
-def apply_experts(params: Params, routing: Routing, x_ND: jax.Array) -> jax.Array:
-    """sum over the chosen experts of weight * (silu(x Wg) * x Wu) Wd; tokens are sorted by expert, none is dropped."""
+def apply_experts(params: Params, config: ModelConfig, routing: Routing, x_BTD: jax.Array) -> jax.Array:
+    """sum over the chosen experts of weight * (silu(x Wg) * x Wu) Wd, [B, T, D]; no token is dropped.
+
+    Where the ambient mesh splits the experts, tokens travel to them (`pallas_kernels.expert_parallel`).
+    """
+    if (axis := _expert_axis(config)) is not None:
+        return _travel(params, config, routing, x_BTD, axis)
     permutation, sizes_E = permute.sort_by_expert(routing.experts_NA, params["gate"].shape[0])
-    x = permute.dispatch(x_ND, permutation)
-    product = lambda y, name: api.grouped_matmul(y, params[name].astype(y.dtype), sizes_E)
-    y = product(jax.nn.silu(product(x, "gate")) * product(x, "up"), "down")
-    return permute.combine(y, permutation, routing.weights_NA)
+    rows = permute.dispatch(x_BTD.reshape(-1, x_BTD.shape[-1]), permutation)
+    y = _experts(config, params, rows, sizes_E)
+    return permute.combine(y, permutation, routing.weights_NA).reshape(x_BTD.shape)
+
+
+def _experts(config: ModelConfig, params: Params, rows_RD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """What the experts make of rows sorted by expert, [R, D]."""
+    def product(y: jax.Array, name: str) -> jax.Array:
+        return api.grouped_matmul(y, params[name].astype(y.dtype), sizes_E, **config.kernel_options)
+
+    return product(jax.nn.silu(product(rows_RD, "gate")) * product(rows_RD, "up"), "down")
+
+
+def _expert_axis(config: ModelConfig) -> str | None:
+    """The mesh axis that splits the experts, if there is one and it is not a `shard_map`'s already."""
+    mesh, axis = jax.sharding.get_abstract_mesh(), config.sharding.experts
+    if mesh.empty or not isinstance(axis, str) or mesh.shape[axis] == 1:
+        return None
+    return axis if dict(zip(mesh.axis_names, mesh.axis_types))[axis] != AxisType.Manual else None
+
+
+def _travel(params: Params, config: ModelConfig, routing: Routing, x_BTD: jax.Array, axis: str) -> jax.Array:
+    """`apply_experts` with the positions of each row split over the experts' axis too, so that each travels once.
+
+    Where they do not divide, positions that choose no expert fill up.
+    """
+    mesh, (batch, length) = jax.sharding.get_abstract_mesh(), x_BTD.shape[:2]
+    of = lambda *names: spec(config.sharding, names)
+    time = tuple(name for name in (of("time")[0], axis) if name is not None)
+    tokens = PartitionSpec(of("batch")[0], time, None)
+    fill = -length % math.prod(mesh.shape[name] for name in time)
+    filled = lambda y_BTX, value: jnp.pad(y_BTX, ((0, 0), (0, fill), (0, 0)), constant_values=value)
+    columns = of("experts", None, "expert_mlp")
+    weights = {"gate": columns, "up": columns, "down": of("experts", "expert_mlp", None)}
+
+    def here(params: Params, *arrays: jax.Array) -> jax.Array:
+        x_ND, experts_NA, weights_NA = (y.reshape(-1, y.shape[-1]) for y in arrays)
+        y_ND = expert_parallel(functools.partial(_experts, config), params, x_ND, experts_NA, weights_NA,
+                               axis_name=axis)
+        y_ND = lax.psum(y_ND, columns[2]) if columns[2] else y_ND  # every device has some columns of its experts
+        return y_ND.reshape(arrays[0].shape)
+
+    choices = (y.reshape(batch, length, -1) for y in (routing.experts_NA, routing.weights_NA))
+    arrays = tuple(filled(y, value) for y, value in zip((x_BTD, *choices), (0, -1, 0)))
+    y_BTD = jax.shard_map(here, in_specs=(weights, tokens, tokens, tokens), out_specs=tokens)(params, *arrays)
+    return y_BTD[:, :length]
 
 
 def router_stats(config: ModelConfig, routing: Routing, valid_BT: jax.Array) -> RouterStats:
@@ -107,10 +160,9 @@ def router_stats(config: ModelConfig, routing: Routing, valid_BT: jax.Array) -> 
 def moe(params: Params, config: ModelConfig, x_BTD: jax.Array, valid_BT: jax.Array
         ) -> tuple[jax.Array, RouterStats, Routing]:
     """Routed experts plus the shared expert, with the statistics of the routing."""
-    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    routing = route(params, config, x_ND)
-    routed = apply_experts(params["experts"], routing, x_ND).reshape(x_BTD.shape)
-    return routed + mlp(params["shared"], x_BTD), router_stats(config, routing, valid_BT), routing
+    routing = route(params, config, x_BTD.reshape(-1, x_BTD.shape[-1]))
+    y_BTD = apply_experts(params["experts"], config, routing, x_BTD) + mlp(params["shared"], x_BTD)
+    return y_BTD, router_stats(config, routing, valid_BT), routing
 
 
 def updated_bias(bias_E: jax.Array, load_E: jax.Array, rate: float | jax.Array) -> jax.Array:

@@ -76,33 +76,45 @@ def unroll(params: Params, config: ModelConfig, embedding: jax.Array, window: Wi
     returned there means nothing.
     """
     width = window.tokens_BW.shape[1]
-    rope = rope_table(window.positions_BW, config.qk_rope_head_dim, config.rope_theta)
-    layers, indexers = config.num_hidden_layers, config.indexer_types.count("full")
 
-    def step(carry: tuple[jax.Array, Cache | None], k: jax.Array) -> tuple[Any, Any]:
+    def body(carry: tuple[jax.Array, Cache | None], k: jax.Array) -> tuple[Any, Any]:
         h_BWD, cache = carry
         ahead = lambda x_BW: jnp.roll(x_BW, -(k + 1), axis=1)
         known = (jnp.arange(width) + k + 1 < width) & (ahead(window.segment_ids_BW) == window.segment_ids_BW)
-        segment_ids = jnp.where(known, window.segment_ids_BW, 0)
-        embedded = embedding[ahead(window.tokens_BW)].astype(h_BWD.dtype)
-        z = jnp.concatenate([rms_norm(embedded, params["embed_norm"], config.rms_norm_eps),
-                             rms_norm(h_BWD, params["hidden_norm"], config.rms_norm_eps)], -1)
-        z = z @ params["projection"].astype(z.dtype)
-        if cache is None or window.slots_BW is None:
-            view = layer.View(window.positions_BW, segment_ids, window.positions_BW, segment_ids, rope)
-            flow = layer.begin(config, z, width, request)
-        else:
-            slots = jnp.where(segment_ids != 0, window.slots_BW, cache.max_len)
-            key_segments = put(cache.mtp_segment_ids_UBS[k], slots, segment_ids)
-            view = layer.View(window.positions_BW, segment_ids, cache.positions_BS, key_segments, rope, slots)
-            flow = layer.begin(config, z, cache.max_len, request, cache.latents_LBSR, cache.index_keys_NBSC)
-        flow, report = layer.apply(params["layer"], config, KIND, flow, view, layers + k, indexers + k, request)
-        h_BWD = rms_norm(flow.x_BTD, params["norm"], config.rms_norm_eps)
-        if cache is not None:
-            cache = cache.replace(latents_LBSR=flow.latents_LBSR, index_keys_NBSC=flow.index_keys_NBSC,
-                                  mtp_segment_ids_UBS=cache.mtp_segment_ids_UBS.at[k].set(key_segments))
-        return (h_BWD, cache), (h_BWD, report | {"index_nan": flow.index_nan})
+        h_BWD, report, cache = step(params, config, embedding, window, k, h_BWD, ahead(window.tokens_BW), known, cache,
+                                    request)
+        return (h_BWD, cache), (h_BWD, report)
 
-    body = layer.rematerialised(step, config)
-    (_, cache), (hidden, report) = lax.scan(body, (window.hidden_BWD, cache), jnp.arange(steps))
+    (_, cache), (hidden, report) = lax.scan(layer.rematerialised(body, config), (window.hidden_BWD, cache),
+                                            jnp.arange(steps))
     return hidden, report, cache
+
+
+def step(params: Params, config: ModelConfig, embedding: jax.Array, window: Window, k: jax.Array, h_BWD: jax.Array,
+         ahead_BW: jax.Array, known_BW: jax.Array, cache: Cache | None, request: layer.Request
+         ) -> tuple[jax.Array, dict[str, Any], Cache | None]:
+    """Step k+1: from the output of step k and the token k+1 ahead, to its own output [B, W, D], report and cache.
+
+    Where the token ahead is not known the position counts as padding.
+    """
+    layers, indexers = config.num_hidden_layers, config.indexer_types.count("full")
+    rope = rope_table(window.positions_BW, config.qk_rope_head_dim, config.rope_theta)
+    segment_ids = jnp.where(known_BW, window.segment_ids_BW, 0)
+    embedded = embedding[ahead_BW].astype(h_BWD.dtype)
+    z = jnp.concatenate([rms_norm(embedded, params["embed_norm"], config.rms_norm_eps),
+                         rms_norm(h_BWD, params["hidden_norm"], config.rms_norm_eps)], -1)
+    z = z @ params["projection"].astype(z.dtype)
+    if cache is None or window.slots_BW is None:
+        view = layer.View(window.positions_BW, segment_ids, window.positions_BW, segment_ids, rope)
+        flow = layer.begin(config, z, h_BWD.shape[1], request)
+    else:
+        slots = jnp.where(segment_ids != 0, window.slots_BW, cache.max_len)
+        key_segments = put(cache.mtp_segment_ids_UBS[k], slots, segment_ids)
+        view = layer.View(window.positions_BW, segment_ids, cache.positions_BS, key_segments, rope, slots)
+        flow = layer.begin(config, z, cache.max_len, request, cache.latents_LBSR, cache.index_keys_NBSC)
+    flow, report = layer.apply(params["layer"], config, KIND, flow, view, layers + k, indexers + k, request)
+    h_BWD = rms_norm(flow.x_BTD, params["norm"], config.rms_norm_eps)
+    if cache is not None:
+        cache = cache.replace(latents_LBSR=flow.latents_LBSR, index_keys_NBSC=flow.index_keys_NBSC,
+                              mtp_segment_ids_UBS=cache.mtp_segment_ids_UBS.at[k].set(key_segments))
+    return h_BWD, report | {"index_nan": flow.index_nan}, cache

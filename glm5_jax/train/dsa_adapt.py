@@ -22,6 +22,9 @@ from glm5_jax.model import dsa, mla, stacks, transformer
 from glm5_jax.model.config import ModelConfig
 from glm5_jax.model.primitives import Params, over_queries, rms_norm, rope_table
 from glm5_jax.train.step import Options
+from pallas_kernels import index_scores
+from pallas_kernels.lightning_indexer.reference import visible
+from pallas_kernels.lightning_indexer.xla import best
 
 
 def warmup(options: Options) -> Options:
@@ -88,13 +91,15 @@ def _of_layer(params: Params, config: ModelConfig, latent: jax.Array, u_BTD: jax
     k_BSHC, v_BSHC = mla.expand_rows(params, config, mla.latent_rows(params, config, u_BTD, rope))
 
     def block(q: jax.Array, index_q: jax.Array, index_w: jax.Array, positions: jax.Array, segments: jax.Array) -> Any:
-        mask = dsa.visible(positions, segments, batch.positions, batch.segment_ids)
+        sight = {"q_positions": positions, "k_positions": batch.positions,
+                 "q_segments": segments, "k_segments": batch.segment_ids}
+        mask = visible(**sight)
         p_BTS = mla.attend_dense(q, k_BSHC, v_BSHC, mask, config.qk_head_dim ** -0.5)[1].mean(1)
         distance = positions[:, :, None] - batch.positions[:, None]
-        scores = {"indexer": dsa.index_scores(index_q, index.keys_BSC, index_w),
+        scores = {"indexer": index_scores(index_q, index.keys_BSC, index_w, scale=1.0, **sight),
                   "recency": -jnp.log1p(jnp.maximum(distance, 0).astype(jnp.float32))}
         captured = lambda by: jnp.sum(p_BTS * dsa.selection_mask(
-            dsa.select_topk(by, mask, config.index_topk)[0], p_BTS.shape[-1]), -1)
+            best(jnp.where(mask, by, -jnp.inf), config.index_topk), p_BTS.shape[-1]), -1)
         counts, most = mask.sum(-1), jnp.maximum(captured(p_BTS), 1e-30)
         values = {name: (dsa.kl_rows(p_BTS, by, mask), captured(by) / most) for name, by in scores.items()}
         values["uniform"] = (dsa.kl_rows(p_BTS, jnp.zeros_like(p_BTS), mask),

@@ -84,7 +84,7 @@ def test_experts_token_by_token(experts):
     routing = moe.route(params, CONFIG, x)
     if experts != "routed":
         routing = routing.replace(experts_NA=jnp.full_like(routing.experts_NA, 0 if experts == "all to one" else E - 1))
-    out = moe.apply_experts(params["experts"], routing, x)
+    out = moe.apply_experts(params["experts"], CONFIG, routing, x[None])[0]
     np.testing.assert_allclose(out, one_by_one(params["experts"], routing, x), rtol=1e-4, atol=1e-5)
 
 
@@ -103,7 +103,7 @@ def test_gradient_reaches_the_router_through_the_weights_alone():
 
     def ours(router, x):
         routing = moe.route(params | {"router": router}, CONFIG, x)
-        return moe.apply_experts(params["experts"], routing, x)
+        return moe.apply_experts(params["experts"], CONFIG, routing, x[None])[0]
 
     weight = np.random.default_rng(5).normal(size=x.shape).astype(np.float32)
     one, two = (jax.jit(jax.grad(lambda r, x: (f(r, x) * weight).sum(), (0, 1)))(params["router"], x)
