@@ -24,7 +24,11 @@ GRADIENT_TOLERANCE = 1e-3  # of the gradient's norm, tensor by tensor
 MTP_STEPS = 3
 MTP_LOSS_WEIGHT = 0.3
 
-ON_SOME_PATHS = [(name, "dense") for name in NAMES] + [("plain", "gathered"), ("sharing", "gathered")]
+# The gathered path by every other implementation of its kernels than the one chosen on a CPU, which is "xla".
+NAMED = ("reference", "pallas_tpu", "pallas_gpu")
+BY_NAME = [pytest.param(path, marks=pytest.mark.slow) for path in NAMED]
+PLAIN_BY_NAME = [pytest.param("plain", path, marks=pytest.mark.slow) for path in NAMED]
+ON_SOME_PATHS = [(name, "dense") for name in NAMES] + [("plain", "gathered"), ("sharing", "gathered"), *PLAIN_BY_NAME]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Golden:
         """The config for the dense path, or for the gathered one with blocks of queries that do not fill the length."""
         if path == "dense":
             return self.config
-        return dataclasses.replace(self.config, dense_attention_max_len=0, query_chunk=7, remat="full")
+        kernels = {} if path == "gathered" else {"kernels": path, "interpret_kernels": path.startswith("pallas")}
+        return dataclasses.replace(self.config, dense_attention_max_len=0, query_chunk=7, remat="full", **kernels)
 
 
 @functools.cache
@@ -103,7 +108,7 @@ def golden(name) -> Golden:
     return load(name)
 
 
-@pytest.fixture(params=["dense", "gathered"])
+@pytest.fixture(params=["dense", "gathered", *BY_NAME])
 def path(request) -> str:
     return request.param
 
@@ -207,7 +212,7 @@ def gradients(name: str, path: str) -> dict[str, np.ndarray]:
 
 
 WITH_GRADIENTS = [(name, "dense") for name in ("groups", "mtp", "plain", "sharing", "tied_bias")] + [
-    ("mtp", "gathered"), ("plain", "gathered")]
+    ("mtp", "gathered"), ("plain", "gathered"), *PLAIN_BY_NAME]
 
 
 @pytest.mark.parametrize("name, path", WITH_GRADIENTS)
@@ -274,6 +279,7 @@ def test_cache_equals_full_forward(golden, path, chunks):
 
 
 @pytest.mark.parametrize("chunks", [[1] * 13 + [11], [11, 1, 1, 11]], ids=["token by token", "uneven chunks"])
+@pytest.mark.parametrize("path", ["dense", "gathered"])
 def test_multi_token_prediction_through_a_cache(path, chunks):
     """A row whose lookahead lies in its own chunk is complete, whatever came before through the cache."""
     golden = load("mtp")

@@ -6,6 +6,7 @@ import pytest
 
 import glm5_jax as glm5
 from glm5_jax.core import mesh as core_mesh
+from glm5_jax.model import moe
 
 CONFIG = glm5.tiny(vocab_size=64, hidden_size=32, num_hidden_layers=2, intermediate_size=32, moe_intermediate_size=16,
                    n_routed_experts=4, index_topk=6)
@@ -38,3 +39,26 @@ def test_sharded_equals_single_device(single, sizes):
     split = [leaf for leaf in jax.tree.leaves(sharded_grads) if not leaf.is_fully_replicated]
     assert len(split) > 12
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), sharded_grads, grads)
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, expert=4), dict(expert=2, tensor=2), dict(context=5, expert=1)],
+                         ids=str)
+def test_tokens_travel_to_split_experts(sizes):
+    """Five positions, which two or four devices do not divide; and no exchange where no axis splits the experts."""
+    params = glm5.init(CONFIG, jax.random.key(1))["layers"]["1"]["moe"]
+    params = jax.tree.map(lambda x: x[0, 0], params)
+    x = np.random.default_rng(2).normal(size=(2, 5, CONFIG.hidden_size)).astype(np.float32)
+    weight = np.random.default_rng(3).normal(size=x.shape).astype(np.float32)
+
+    def mixture(params, x):
+        routing = moe.route(params, CONFIG, x.reshape(-1, x.shape[-1]))
+        return (moe.apply_experts(params["experts"], CONFIG, routing, x) * weight).sum()
+
+    mesh = core_mesh.make_mesh(devices=jax.devices()[:np.prod(list(sizes.values()))], **{"data": 1, **sizes})
+    step = jax.jit(jax.value_and_grad(mixture, (0, 1)))
+    wanted = step(params, x)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.value_and_grad(mixture, (0, 1))).lower(params, x)
+        assert ("all_to_all" in lowered.as_text()) == (sizes["expert"] > 1)
+        found = lowered.compile()(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, wanted)
