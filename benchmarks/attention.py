@@ -1,8 +1,8 @@
 """Sparse beside dense attention over growing lengths: time, temporary memory, and the exponent each grows with.
 
 One layer of `small` without its projections of the residual stream: from queries, latent rows and the indexer's inputs
-to the mixed values of every head; batch 1, causal, k = `index_topk` = 256, float32, random inputs. All in blocks of
-`query_chunk` queries, as the model runs them.
+to the mixed values of every head; batch 1, causal, k = `index_topk` = 256, float32, random inputs. In blocks of
+queries, as the model runs them.
 
 - dense: attention over every earlier key, in expanded form; no indexer
 - sparse: index scores of every earlier key, exact top-k, absorbed attention over the gathered rows
@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm5_jax import ModelConfig
-from glm5_jax.model import dsa, mla
+from glm5_jax.model import mla
 from glm5_jax.model.dsa import IndexInputs
 from glm5_jax.model.primitives import over_queries
+import pallas_kernels
 
 import measure
 from measure import Job
@@ -52,34 +53,26 @@ def inputs(config: ModelConfig, length: int) -> Inputs:
                   drawn(1, length, config.latent_dim), index, jnp.arange(length)[None])
 
 
-def visible(queries_BT: jax.Array, positions_BS: jax.Array) -> jax.Array:
-    return dsa.visible(queries_BT, jnp.ones_like(queries_BT), positions_BS, jnp.ones_like(positions_BS))
-
-
 def dense(config: ModelConfig, x: Inputs) -> jax.Array:
     """Attention over every earlier key, [B, T, H, C]."""
     k, v = mla.expand_rows(x.params, config, x.rows_BSR)
-    block = lambda q, positions: mla.attend_dense(q, k, v, visible(positions, x.positions_BT),
+    block = lambda q, positions: mla.attend_dense(q, k, v, x.positions_BT[:, None] <= positions[..., None],
                                                   config.qk_head_dim ** -0.5)[0]
     return over_queries(block, config.query_chunk, x.q_BTHC, x.positions_BT)
 
 
 def selection(config: ModelConfig, x: Inputs) -> jax.Array:
     """The selected keys, int32 [B, T, K]."""
-    index = jax.lax.stop_gradient(x.index)
-
-    def block(q: jax.Array, w: jax.Array, positions: jax.Array) -> jax.Array:
-        scores = dsa.index_scores(q, index.keys_BSC, w)
-        return dsa.select_topk(scores, visible(positions, x.positions_BT), config.index_topk)[0]
-
-    return over_queries(block, config.query_chunk, index.queries_BTIC, index.weights_BTI, x.positions_BT)
+    one_segment = jnp.ones_like(x.positions_BT)
+    return pallas_kernels.select_topk(
+        x.index.queries_BTIC, x.index.keys_BSC, x.index.weights_BTI, scale=1.0, top_k=config.index_topk,
+        q_positions=x.positions_BT, k_positions=x.positions_BT, q_segments=one_segment, k_segments=one_segment)
 
 
 def gathered(config: ModelConfig, x: Inputs, selected_BTK: jax.Array) -> jax.Array:
     """Attention over the selected keys, [B, T, H, C]."""
-    block = lambda q, selected: mla.attend_selected(q, x.rows_BSR, selected, value_dim=config.kv_lora_rank,
-                                                    scale=config.qk_head_dim ** -0.5)[0]
-    mixed = over_queries(block, config.query_chunk, mla.absorb_queries(x.params, config, x.q_BTHC), selected_BTK)
+    mixed = pallas_kernels.sparse_mla(mla.absorb_queries(x.params, config, x.q_BTHC), x.rows_BSR, selected_BTK,
+                                      scale=config.qk_head_dim ** -0.5, value_dim=config.kv_lora_rank)
     return mla.values_from_latent(x.params, mixed)
 
 
