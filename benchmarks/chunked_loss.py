@@ -5,13 +5,12 @@
 Two CPU cores: about three minutes. Memory is that of the compiled gradient's temporaries, beside arguments and
 results, at the released width and vocabulary; nothing of it is run. Its floor is one gradient of the head, which a CPU
 keeps beside the sum of all. Time is the ratio to the loss in one piece at a smaller width, run in turn; by the products
-alone, four instead of three, it would be 1.33. One JSON file goes to benchmarks/results.
+alone, four instead of three, it would be 1.33. Seen: 5.6 to 4.5 GiB instead of 18.9, in 0.71 to 0.77 of the time,
+because blocks of logits stay nearer the cache. Writes benchmarks/results/chunked_loss-<date>-<device>.json.
 """
 
 import argparse
-import datetime
 import functools
-import json
 import pathlib
 import time
 from typing import Any, Callable
@@ -21,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm5_jax.losses import token
+
+import measure
 
 VOCABULARY = 154_880
 ROW, WIDTH = 16_384, 6144  # for memory
@@ -86,13 +87,10 @@ def main() -> None:
     for row in times:
         print(f"  {name(row['chunk']):>9}  {row['seconds']:6.2f} s  {row['ratio']:5.2f} x  largest difference of a "
               f"gradient {row['gradient_difference']:.1e} of its largest entry")
-    today = datetime.date.today().isoformat()
-    path = options.out / f"chunked_loss-{jax.default_backend()}-{today}.json"
-    path.write_text(json.dumps({
-        "date": today, "jax": jax.__version__, "device": jax.devices()[0].device_kind, "vocabulary": VOCABULARY,
+    path = measure.write(options.out, "chunked_loss", measure.surroundings() | {
+        "vocabulary": VOCABULARY,
         "memory": {"positions": ROW, "width": WIDTH, "logits_mib": logits, "head_mib": head, "rows": memory},
-        "time": {"positions": TIMED_ROW, "width": TIMED_WIDTH, "rounds": options.rounds, "rows": times}},
-        indent=1) + "\n", encoding="utf-8")
+        "time": {"positions": TIMED_ROW, "width": TIMED_WIDTH, "rounds": options.rounds, "rows": times}})
     print(f"Written to {path}")
 
 
