@@ -1,0 +1,272 @@
+"""The ledger of rollouts: what was dispatched, what came of it, and where it went; durable, append-only, exactly once.
+
+A group is dispatched; its rollouts are recorded as they get on, partial ones with their tokens, log-probs and versions;
+and it ends once: consumed by a training step, or dropped for a reason. At all times
+
+    dispatched = consumed + dropped + in flight
+
+Training that goes back to a checkpoint takes its groups back with it (`rewind`): what the lost steps had consumed is in
+flight again. Everything is one SQLite file in WAL mode, into which rows are only ever inserted; triggers refuse the
+rest. A method returns when its rows are on the disk, and a process killed inside one leaves all of them or none. Many
+threads and processes may use one file.
+"""
+
+import dataclasses
+import pathlib
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from glm5_jax.records import EndReason, Group, PolicyVersion, Trajectory, from_json, to_json
+
+PATIENCE_S = 30.0  # how long a writer waits for another one
+
+# Schema number n is made of the first n scripts. A script that was published is never changed: a new one follows it.
+MIGRATIONS = ("""
+    CREATE TABLE groups (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, task TEXT NOT NULL, seed INTEGER NOT NULL,
+                         size INTEGER NOT NULL, version INTEGER NOT NULL);
+    CREATE TABLE rollouts (number INTEGER PRIMARY KEY, "group" TEXT NOT NULL REFERENCES groups(id), id TEXT NOT NULL,
+                           "end" TEXT NOT NULL, trajectory TEXT NOT NULL);
+    CREATE INDEX rollouts_of_group ON rollouts("group", id, number);
+    CREATE INDEX rollouts_by_id ON rollouts(id);
+    CREATE TABLE ends (number INTEGER PRIMARY KEY, "group" TEXT NOT NULL REFERENCES groups(id), step INTEGER,
+                       repeats TEXT, reason TEXT, detail TEXT, CHECK ((step IS NULL) != (reason IS NULL)));
+    CREATE INDEX ends_of_group ON ends("group");
+    CREATE TABLE rewinds (number INTEGER PRIMARY KEY, step INTEGER NOT NULL, after INTEGER NOT NULL);
+    CREATE TABLE policies (number INTEGER PRIMARY KEY, step INTEGER NOT NULL, checksum TEXT NOT NULL);
+    CREATE VIEW ended AS SELECT * FROM ends WHERE NOT EXISTS (
+        SELECT 1 FROM rewinds WHERE ends.step > rewinds.step AND ends.number <= rewinds.after);
+    CREATE VIEW in_flight AS SELECT * FROM groups WHERE id NOT IN (SELECT "group" FROM ended);
+""" + "".join(f"""
+    CREATE TRIGGER {table}_never_{word} BEFORE {word} ON {table}
+        BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+""" for table in ("groups", "rollouts", "ends", "rewinds", "policies") for word in ("update", "delete")),)
+
+
+class LedgerError(RuntimeError):
+    """A request that would break the books, such as consuming a group twice; nothing of it was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """A dispatched group: which problem, how many rollouts, and the policy version of the moment."""
+
+    id: str
+    task: str
+    seed: int
+    size: int
+    version: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    """Numbers of groups; `dropped` by reason."""
+
+    dispatched: int
+    consumed: int
+    dropped: dict[str, int]
+    in_flight: int
+
+
+class Ledger:
+    """The ledger in the file `path`, made where there is none. Raises LedgerError for a file that is none of ours."""
+
+    def __init__(self, path: str | pathlib.Path):
+        self.path = pathlib.Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._connection = sqlite3.connect(self.path, timeout=PATIENCE_S, isolation_level=None, check_same_thread=False)
+        try:
+            self._check_schema(self._connection)  # before a setting could touch what is somebody else's
+            for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+                self._connection.execute(f"PRAGMA {setting}")
+            self._migrate()
+        except sqlite3.DatabaseError as error:
+            self._connection.close()
+            raise LedgerError(f"{self.path}: expected a ledger, found what SQLite cannot read ({error})") from error
+        except LedgerError:
+            self._connection.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the file; what was written stays."""
+        self._connection.close()
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def dispatch(self, order: Order) -> None:
+        """Enters a new group. Raises LedgerError where its id was dispatched before."""
+        with self._write() as db:
+            if db.execute("SELECT 1 FROM groups WHERE id = ?", [order.id]).fetchone():
+                raise LedgerError(f"group {order.id!r}: expected an id that was never dispatched")
+            db.execute("INSERT INTO groups (id, task, seed, size, version) VALUES (?, ?, ?, ?, ?)",
+                       dataclasses.astuple(order))
+
+    def record(self, group: str, trajectory: Trajectory) -> None:
+        """Enters how far a rollout of a group in flight has come: a partial one (end `aborted`) may be recorded again.
+
+        Raises LedgerError where the group is not in flight, is full, is of another problem, or the rollout has ended.
+        """
+        with self._write() as db:
+            order = self._open_order(db, group)
+            if (trajectory.task, trajectory.seed) != (order.task, order.seed):
+                raise LedgerError(f"rollout {trajectory.id!r}: expected task and seed of group {group!r}, "
+                                  f"{order.task!r} and {order.seed}, found {trajectory.task!r} and {trajectory.seed}")
+            known = db.execute('SELECT "group", "end" FROM rollouts WHERE id = ? ORDER BY number DESC LIMIT 1',
+                               [trajectory.id]).fetchone()
+            if known is None:
+                count, = db.execute('SELECT COUNT(DISTINCT id) FROM rollouts WHERE "group" = ?', [group]).fetchone()
+                if count >= order.size:
+                    raise LedgerError(f"group {group!r}: expected at most {order.size} rollouts, found one more, "
+                                      f"{trajectory.id!r}")
+            elif known != (group, EndReason.ABORTED.value):
+                raise LedgerError(f"rollout {trajectory.id!r}: expected a new or a partial one of group {group!r}, "
+                                  f"found one of {known[0]!r} that ended with {known[1]!r}")
+            db.execute('INSERT INTO rollouts ("group", id, "end", trajectory) VALUES (?, ?, ?, ?)',
+                       [group, trajectory.id, trajectory.end.value, to_json(trajectory)])
+
+    def consume(self, step: int, groups: Sequence[Group]) -> None:
+        """Ends groups as the batch of training step `step`, all or none.
+
+        Raises LedgerError where one is not in flight, has too few members, or holds other rollouts than were recorded.
+        """
+        with self._write() as db:
+            for group in groups:
+                order = self._open_order(db, group.id)
+                if len(group.members) != order.size:
+                    raise LedgerError(f"group {group.id!r}: expected {order.size} members, found {len(group.members)}")
+                if group.trajectories != self._trajectories(db, group.id):
+                    raise LedgerError(f"group {group.id!r}: expected the rollouts that were recorded, found others")
+                db.execute('INSERT INTO ends ("group", step, repeats) VALUES (?, ?, ?)',
+                           [group.id, step, " ".join(map(str, group.repeats))])
+
+    def drop(self, group: str, reason: str, detail: str = "") -> None:
+        """Ends a group unused, for a reason that is counted. Raises LedgerError where it is not in flight."""
+        if not reason:
+            raise ValueError("reason: expected a word to count drops by, found ''")
+        with self._write() as db:
+            self._open_order(db, group)
+            db.execute('INSERT INTO ends ("group", reason, detail) VALUES (?, ?, ?)', [group, reason, detail])
+
+    def rewind(self, step: int) -> int:
+        """Takes back what the steps after `step` consumed, because training goes on from there; how many groups."""
+        with self._write() as db:
+            undone, = db.execute("SELECT COUNT(*) FROM ended WHERE step > ?", [step]).fetchone()
+            db.execute("INSERT INTO rewinds (step, after) SELECT ?, COALESCE(MAX(number), 0) FROM ends", [step])
+            return undone
+
+    def push(self, policy: PolicyVersion) -> None:
+        """Enters a new set of weights. Raises LedgerError where its number does not exceed all before."""
+        with self._write() as db:
+            newest, = db.execute("SELECT MAX(number) FROM policies").fetchone()
+            if newest is not None and policy.number <= newest:
+                raise LedgerError(f"policy {policy.number}: expected a number above {newest}, the newest so far")
+            db.execute("INSERT INTO policies VALUES (?, ?, ?)", dataclasses.astuple(policy))
+
+    def balance(self) -> Balance:
+        """The books, counted from one state of the file."""
+        with self._read() as db:
+            dispatched, = db.execute("SELECT COUNT(*) FROM groups").fetchone()
+            consumed, = db.execute("SELECT COUNT(*) FROM ended WHERE step IS NOT NULL").fetchone()
+            in_flight, = db.execute("SELECT COUNT(*) FROM in_flight").fetchone()
+            dropped = dict(db.execute("SELECT reason, COUNT(*) FROM ended WHERE reason IS NOT NULL GROUP BY reason"))
+        return Balance(dispatched, consumed, dropped, in_flight)
+
+    def in_flight(self) -> list[Order]:
+        """The groups that have not ended, in the order of dispatch."""
+        with self._read() as db:
+            return [Order(*row) for row in
+                    db.execute("SELECT id, task, seed, size, version FROM in_flight ORDER BY number")]
+
+    def trajectories(self, group: str) -> tuple[Trajectory, ...]:
+        """The newest state of every rollout of a group, in the order in which they were first recorded."""
+        with self._read() as db:
+            return self._trajectories(db, group)
+
+    def batch(self, step: int) -> list[Group]:
+        """What training step `step` consumed, in its order."""
+        with self._read() as db:
+            rows = db.execute('SELECT "group", size, repeats FROM ended JOIN groups ON groups.id = "group" '
+                              "WHERE step = ? ORDER BY ended.number", [step]).fetchall()
+            return [Group(group, size, self._trajectories(db, group), tuple(map(int, repeats.split())))
+                    for group, size, repeats in rows]
+
+    def policy(self) -> PolicyVersion | None:
+        """The newest weights, None before the first."""
+        with self._read() as db:
+            row = db.execute("SELECT number, step, checksum FROM policies ORDER BY number DESC LIMIT 1").fetchone()
+        return PolicyVersion(*row) if row else None
+
+    def _trajectories(self, db: sqlite3.Connection, group: str) -> tuple[Trajectory, ...]:
+        rows = db.execute("SELECT trajectory FROM rollouts WHERE number IN (SELECT MAX(number) FROM rollouts WHERE "
+                          '"group" = ? GROUP BY id) ORDER BY (SELECT MIN(number) FROM rollouts AS first '
+                          "WHERE first.id = rollouts.id)", [group])
+        return tuple(from_json(Trajectory, text) for text, in rows)
+
+    def _open_order(self, db: sqlite3.Connection, group: str) -> Order:
+        row = db.execute("SELECT id, task, seed, size, version FROM in_flight WHERE id = ?", [group]).fetchone()
+        if row is None:
+            ended = db.execute('SELECT step, reason FROM ended WHERE "group" = ?', [group]).fetchone()
+            what = ("one that was never dispatched" if ended is None else f"one that step {ended[0]} consumed"
+                    if ended[1] is None else f"one that was dropped for {ended[1]!r}")
+            raise LedgerError(f"group {group!r}: expected one in flight, found {what}")
+        return Order(*row)
+
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing, after every other writer's last commit."""
+        with self._transaction("BEGIN IMMEDIATE") as db:
+            yield db
+
+    @contextmanager
+    def _read(self) -> Iterator[sqlite3.Connection]:
+        """One state of the file, whatever others write meanwhile."""
+        with self._transaction("BEGIN") as db:
+            yield db
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[Any]:
+        with self._lock:
+            self._connection.execute(begin)
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def _check_schema(self, db: sqlite3.Connection) -> int:
+        """The number of the file's schema, 0 for an empty file."""
+        found, = db.execute("PRAGMA user_version").fetchone()
+        tables, = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        if found == 0 and tables:
+            raise LedgerError(f"{self.path}: expected a ledger, found another SQLite database")
+        if found > len(MIGRATIONS):
+            raise LedgerError(f"{self.path}: expected schema {len(MIGRATIONS)} or older, found {found}: "
+                              f"a newer glm5_jax wrote it; upgrade to read it")
+        return found
+
+    def _migrate(self) -> None:
+        with self._write() as db:
+            found = self._check_schema(db)
+            for script in MIGRATIONS[found:]:
+                for statement in _statements(script):
+                    db.execute(statement)
+            if found < len(MIGRATIONS):
+                db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+def _statements(script: str) -> Iterator[str]:
+    """The statements of a script one by one: `executescript` would commit what came before it."""
+    statement = ""
+    for line in script.splitlines():
+        statement += line + "\n"
+        if statement.strip() and sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
