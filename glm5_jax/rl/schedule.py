@@ -1,0 +1,196 @@
+"""Schedulers of rollouts: when groups are dispatched, which of them make a batch, which are given up.
+
+A scheduler is a frozen value that decides from a `View` alone: no clock, no queue, no engine. Whatever runs it asks
+after every change, in this order: `expired` (to drop), `batch` (to train on at once), `admit` (how many new groups to
+dispatch).
+
+Versions are counted in training steps: a group of version v was begun with the weights after v steps, and consumed by
+the step from version w to w + 1 it is w - v steps stale.
+"""
+
+import dataclasses
+import math
+from typing import Literal, Protocol
+
+
+Order = Literal["wait", "drop", "fifo"]
+ORDERS: tuple[Order, ...] = ("fifo", "wait", "drop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ticket:
+    """A group that is in flight: its id, its place in the order of dispatch, and the version it was begun with."""
+
+    id: str
+    number: int
+    version: int
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What a scheduler decides from."""
+
+    version: int  # training steps taken and pushed
+    training: bool  # whether a step, or the push after it, is under way
+    dispatched: int  # groups ever dispatched and not dropped, partial ones once
+    running: tuple[Ticket, ...]  # in order of dispatch
+    done: tuple[Ticket, ...]  # in order of completion
+    held: int = 0  # groups called back with partial rollouts, to be resumed before new ones are dispatched
+
+
+class Scheduler(Protocol):
+    """What the loop asks."""
+
+    @property
+    def calls_back(self) -> bool:
+        """Whether groups still running when a batch is taken are aborted, their partial rollouts kept."""
+
+    @property
+    def drains(self) -> bool:
+        """Whether new weights wait for running groups to end, and no group is dispatched meanwhile."""
+
+    @property
+    def together(self) -> bool:
+        """Whether engines and trainer share devices, so that one rests while the other works."""
+
+    def expired(self, view: View) -> tuple[Ticket, ...]:
+        """Groups to give up."""
+
+    def batch(self, view: View) -> tuple[Ticket, ...]:
+        """What to train on now; empty where there is not enough, or the trainer is not free."""
+
+    def admit(self, view: View) -> int:
+        """How many new groups to dispatch now; those called back come first and do not count."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What most schedulers share: a batch of `groups` groups, none given up."""
+
+    groups: int
+    calls_back = False
+    drains = False
+    together = False
+
+    def __post_init__(self) -> None:
+        _require(self.groups >= 1, "groups", "at least 1", self.groups)
+
+    def expired(self, view: View) -> tuple[Ticket, ...]:
+        return ()
+
+    def batch(self, view: View) -> tuple[Ticket, ...]:
+        """The first `groups` that are done, once the trainer is free."""
+        return view.done[:self.groups] if not view.training and len(view.done) >= self.groups else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sync(Base):
+    """A batch is generated, then trained on, then the next: never stale."""
+
+    together = True
+
+    def admit(self, view: View) -> int:
+        return self.groups if not (view.training or view.running or view.done) else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OneStepOff(Base):
+    """The next batch is generated while this one is trained on; both end before weights move: one step stale."""
+
+    drains = True
+
+    def admit(self, view: View) -> int:
+        return max(0, (1 + view.version + view.training) * self.groups - view.dispatched)
+
+
+@dataclasses.dataclass(frozen=True)
+class April(Base):
+    """Active partial rollouts (APRIL, arXiv 2509.18521): `over` times the groups start, the first to end are the batch.
+
+    The rest is called back with its tokens and resumed first in the next round.
+    """
+
+    over: float = 2.0
+    calls_back = True
+    together = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.over >= 1, "over", "at least 1", self.over)
+
+    def admit(self, view: View) -> int:
+        if view.training or view.running or view.done:
+            return 0
+        return max(0, math.ceil(self.over * self.groups) - view.held)
+
+
+@dataclasses.dataclass(frozen=True)
+class Async(Base):
+    """Generation never stops; `bound` steps of staleness are allowed for.
+
+    Groups are admitted until (bound + version + 1) * groups have been dispatched (AReaL, arXiv 2505.24298). That bounds
+    the mean staleness alone; the rest is up to `order`:
+
+    - "wait": the oldest first, and the trainer waits for what could later not be consumed in time. No group is ever
+      staler than the bound, and lengths stay as they were sampled
+    - "drop": the first done, and groups beyond the bound are given up: long ones more often than short ones
+    - "fifo": the first done, however old they are
+    """
+
+    bound: int = 1
+    order: Order = "wait"
+    drains: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.bound >= 0, "bound", "0 or more", self.bound)
+        _require(self.order in ORDERS, "order", f"one of {', '.join(ORDERS)}", self.order)
+
+    def expired(self, view: View) -> tuple[Ticket, ...]:
+        if self.order != "drop":
+            return ()
+        return tuple(one for one in view.running + view.done if view.version - one.version > self.bound)
+
+    def batch(self, view: View) -> tuple[Ticket, ...]:
+        if self.order != "wait" or view.training:
+            return super().batch(view)
+        oldest = tuple(sorted(view.done, key=lambda one: one.number))[:self.groups]
+        left = [one for one in view.running + view.done if one not in oldest]
+        # What is left has to fit into the steps that it may still wait for, `groups` into each.
+        fits = all(sum(one.version + self.bound <= view.version + steps for one in left) <= steps * self.groups
+                   for steps in range(self.bound + 1))
+        return oldest if len(oldest) == self.groups and fits else ()
+
+    def admit(self, view: View) -> int:
+        return max(0, (self.bound + view.version + 1) * self.groups - view.dispatched)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptive:
+    """A staleness bound that follows the trainer's idle share: no staler than throughput needs.
+
+    After every `window` steps it grows by one where the trainer waited for more than `high` of the time, and falls by
+    one where it waited for less than `low`.
+    """
+
+    bound: int = 1
+    most: int = 8
+    low: float = 0.02
+    high: float = 0.10
+    window: int = 4
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.bound <= self.most, "bound", f"0 to most = {self.most}", self.bound)
+        _require(0 <= self.low < self.high <= 1, "low", f"0 or more and below high = {self.high}", self.low)
+        _require(self.window >= 1, "window", "at least 1", self.window)
+
+    def after(self, waited: float, total: float) -> "Adaptive":
+        """The bound for the next window, from the seconds that the trainer waited in this one."""
+        share = waited / total if total > 0 else 0.0
+        step = 1 if share > self.high else -1 if share < self.low else 0
+        return dataclasses.replace(self, bound=min(max(self.bound + step, 0), self.most))
+
+
+def _require(holds: bool, field: str, expected: str, found: object) -> None:
+    if not holds:
+        raise ValueError(f"{field}: expected {expected}, found {found!r}")

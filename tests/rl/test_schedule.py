@@ -1,0 +1,94 @@
+"""Each scheduler on views made by hand."""
+
+import pytest
+
+from glm5_jax.rl.schedule import Adaptive, April, Async, OneStepOff, Sync, Ticket, View
+
+
+def tickets(*versions: int, first: int = 0) -> tuple[Ticket, ...]:
+    return tuple(Ticket(f"g{first + i}", first + i, version) for i, version in enumerate(versions))
+
+
+def view(version: int = 0, *, training: bool = False, running=(), done=(), dispatched: int | None = None,
+         held: int = 0) -> View:
+    return View(version, training, len(running) + len(done) if dispatched is None else dispatched, tuple(running),
+                tuple(done), held)
+
+
+def test_sync_waits_for_all_and_then_for_the_trainer():
+    sync, two = Sync(2), tickets(0, 0)
+    assert sync.admit(view()) == 2
+    assert sync.admit(view(running=two)) == sync.admit(view(running=two[:1], done=two[1:])) == 0
+    assert sync.batch(view(running=two[:1], done=two[1:])) == ()
+    assert sync.batch(view(done=two)) == two and sync.batch(view(done=two, training=True)) == ()
+    assert sync.admit(view(training=True)) == 0
+    assert sync.admit(view(1, dispatched=2)) == 2
+
+
+def test_one_step_off_is_one_batch_ahead():
+    ahead = OneStepOff(2)
+    assert ahead.admit(view()) == 2 and ahead.admit(view(running=tickets(0, 0))) == 0
+    assert ahead.admit(view(training=True, dispatched=2)) == 2
+    assert ahead.admit(view(1, dispatched=4)) == 0  # of weights 1: only once the batch of weights 0 is in training
+    assert ahead.admit(view(1, training=True, dispatched=4)) == 2
+    assert ahead.drains
+
+
+def test_april_starts_more_and_resumes_what_it_called_back():
+    april, four = April(2, 2.0), tickets(0, 0, 0, 0)
+    assert april.admit(view()) == 4 and april.admit(view(1, held=3, dispatched=6)) == 1
+    assert april.admit(view(1, held=5, dispatched=8)) == 0
+    assert april.batch(view(running=four[:3], done=four[3:])) == ()
+    assert april.batch(view(running=four[:1], done=four[1:])) == four[1:3] and april.calls_back
+
+
+def test_async_admits_what_the_bound_allows():
+    for bound in range(3):
+        assert Async(2, bound).admit(view()) == 2 * (bound + 1)
+        assert Async(2, bound).admit(view(3, dispatched=7, training=True)) == 2 * (bound + 4) - 7
+    assert Async(2, 1).admit(view(dispatched=9)) == 0
+
+
+def test_fifo_takes_what_is_done_first():
+    done = tickets(0, 1, 0)
+    assert Async(2, 1, "fifo").batch(view(5, done=done)) == done[:2]
+
+
+def test_wait_takes_the_oldest_and_waits_for_what_would_be_too_old():
+    wait, old = Async(2, 1), tickets(0, 0)
+    new = tickets(1, 1, first=2)
+    assert wait.batch(view(0, running=old[:1], done=(new[0], old[1]))) == (old[1], new[0])
+    assert wait.batch(view(1, running=old[:1], done=(old[1], new[0]))) == ()  # at version 2 it would be two steps old
+    assert wait.batch(view(1, running=new[1:], done=(new[0], *reversed(old)))) == old
+    assert wait.expired(view(9, running=old)) == ()
+    # Neither is too old yet, but of three groups of version 0 only two fit into the last step that may take them.
+    three = tickets(0, 0, 0)
+    assert wait.batch(view(0, running=three, done=tickets(0, 0, first=3))) == ()
+    assert wait.batch(view(0, running=three[:2], done=tickets(0, 0, first=3))) == tickets(0, 0, first=3)
+
+
+def test_drop_gives_up_what_is_too_old_and_no_more():
+    drop, running, done = Async(1, 1, "drop"), tickets(0, 1), tickets(0, 2, first=2)
+    assert drop.expired(view(1, running=running, done=done)) == ()
+    assert drop.expired(view(2, running=running, done=done)) == (running[0], done[0])
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Sync(0), "groups: expected at least 1, found 0"),
+    (lambda: April(2, 0.5), "over: expected at least 1, found 0.5"),
+    (lambda: Async(2, -1), "bound: expected 0 or more, found -1"),
+    (lambda: Async(2, 1, "lifo"), "order: expected one of fifo, wait, drop, found 'lifo'"),
+    (lambda: Adaptive(9), "bound: expected 0 to most = 8, found 9"),
+    (lambda: Adaptive(low=0.2), "low: expected 0 or more and below high = 0.1, found 0.2"),
+    (lambda: Adaptive(window=0), "window: expected at least 1, found 0"),
+])
+def test_schedulers_that_make_no_sense(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_adaptive_bound_follows_the_idle_share():
+    rule = Adaptive(bound=1, most=2)
+    assert rule.after(30, 100).bound == 2 and rule.after(30, 100).after(90, 100).bound == 2
+    assert rule.after(1, 100).bound == 0 and rule.after(1, 100).after(0, 100).bound == 0
+    assert rule.after(5, 100) == rule and rule.after(0, 0).bound == 0
