@@ -22,6 +22,8 @@ _LAZY = {
     "Cache": "glm5_jax.model.cache",
     "init_cache": "glm5_jax.model.cache",
     "generate": "glm5_jax.infer.sampler",
+    "Engine": "glm5_jax.infer.engine",
+    "Sampling": "glm5_jax.infer.request",
     "load_hf": "glm5_jax.checkpoint.released",
     "save_hf": "glm5_jax.checkpoint.released",
     "to_hf": "glm5_jax.checkpoint.hf_names",

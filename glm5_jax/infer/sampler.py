@@ -26,20 +26,27 @@ class Generation:
     lengths: jax.Array   # int32 [B]
 
 
-def log_distribution(logits_BV: jax.Array, temperature: float | jax.Array, top_p: float | jax.Array) -> jax.Array:
-    """Log-probs, float32 [B, V], after temperature and nucleus: -inf outside the smallest set whose mass reaches top_p.
+def log_distribution(logits_BV: jax.Array, temperature: float | jax.Array, top_p: float | jax.Array,
+                     top_k: int | jax.Array = 0) -> jax.Array:
+    """Log-probs, float32 [B, V], of what is drawn from: -inf but for the `top_k` most likely tokens (0: all), and of
+    these the nucleus, the smallest set whose share of their mass after temperature reaches top_p.
 
-    Of equal logits the lowest token id enters the nucleus first; the most likely token is always in it.
+    Each option is a number or [B]. Of equal logits the lowest token id comes first; the most likely token always stays.
     """
-    log_p = jax.nn.log_softmax(logits_BV.astype(jnp.float32) / temperature)
-    return lax.cond(top_p < 1, lambda: _nucleus(log_p, top_p), lambda: log_p)
+    of_row = lambda option: jnp.broadcast_to(jnp.asarray(option), logits_BV.shape[:1])[:, None]
+    log_p = jax.nn.log_softmax(logits_BV.astype(jnp.float32) / of_row(temperature))
+    cut_B1 = (of_row(top_p) < 1) | (of_row(top_k) > 0)
+    # A row that is not cut is the same whether or not another one is.
+    return lax.cond(cut_B1.any(), lambda: jnp.where(cut_B1, _cut(log_p, of_row(top_p), of_row(top_k)), log_p),
+                    lambda: log_p)
 
 
-def _nucleus(log_p: jax.Array, top_p: float | jax.Array) -> jax.Array:
+def _cut(log_p: jax.Array, top_p_B1: jax.Array, top_k_B1: jax.Array) -> jax.Array:
     ranked = jnp.argsort(-log_p, axis=-1, stable=True)
-    mass_before = jnp.cumsum(jnp.take_along_axis(jnp.exp(log_p), ranked, -1), -1)
-    mass_before = jnp.pad(mass_before, ((0, 0), (1, 0)))[:, :-1]
-    kept_ranked = (mass_before < top_p).at[:, 0].set(True)
+    among = (jnp.arange(log_p.shape[1]) < top_k_B1) | (top_k_B1 == 0)
+    mass = jax.nn.softmax(jnp.where(among, jnp.take_along_axis(log_p, ranked, -1), -jnp.inf))
+    mass_before = jnp.pad(jnp.cumsum(mass, -1), ((0, 0), (1, 0)))[:, :-1]
+    kept_ranked = (among & ((mass_before < top_p_B1) | (top_p_B1 == 1))).at[:, 0].set(True)
     kept = jnp.take_along_axis(kept_ranked, jnp.argsort(ranked, axis=-1), -1)
     return jax.nn.log_softmax(jnp.where(kept, log_p, -jnp.inf))
 

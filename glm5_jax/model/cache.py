@@ -53,12 +53,12 @@ def init_cache(config: ModelConfig, batch: int, max_len: int, *, dtype: str | No
         last_hidden_BUD=jnp.zeros((batch, steps, config.hidden_size), cache_dtype))
 
 
-def row(cache: Cache, index: jax.Array) -> Cache:
+def take_row(cache: Cache, index: jax.Array) -> Cache:
     """One row as a cache of its own, of batch 1."""
     return Cache(**{name: lax.dynamic_slice_in_dim(x, index, 1, axis) for name, x, axis in _by_row(cache)})
 
 
-def with_row(cache: Cache, index: jax.Array, one: Cache) -> Cache:
+def put_row(cache: Cache, index: jax.Array, one: Cache) -> Cache:
     """The cache with `one`, of batch 1, in the place of one row."""
     return Cache(**{name: lax.dynamic_update_slice_in_dim(x, getattr(one, name), index, axis)
                     for name, x, axis in _by_row(cache)})

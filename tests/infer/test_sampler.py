@@ -13,6 +13,7 @@ import glm5_jax as glm5
 from glm5_jax.infer.sampler import log_distribution
 from tests.model.reference import MICRO, random_params
 
+distribution = jax.jit(log_distribution)
 CONFIG = MICRO.replace(vocab_size=12, num_hidden_layers=1, mlp_layer_types=("sparse",), indexer_types=("full",),
                        num_nextn_predict_layers=0)
 NEW, LENGTH = 6, 7
@@ -116,14 +117,36 @@ def test_nucleus_is_the_smallest_set(temperature):
     logits = np.random.default_rng(1).normal(size=(4, 7)).astype(np.float32) * 2
     logits[3] = [1, 1, 1, 1, 0, 0, 0]  # equal logits enter by token id
     for top_p in (0.05, 0.3, 0.6, 0.9, 0.999):
-        actual = np.asarray(log_distribution(logits, temperature, top_p))
+        actual = np.asarray(distribution(logits, temperature, top_p))
         for row, mine in zip(logits, actual):
             np.testing.assert_allclose(mine, nucleus(log_softmax(row / temperature), top_p), atol=1e-5)
 
 
+def test_top_k_comes_before_the_nucleus():
+    logits = np.random.default_rng(3).normal(size=(3, 7)).astype(np.float32) * 2
+    logits[2] = [0, 1, 1, 1, 0, 1, 0]
+    for top_k, top_p in itertools.product((1, 2, 6, 7, 100), (0.4, 0.9, 1.0)):
+        for row, mine in zip(logits, np.asarray(distribution(logits, 0.8, top_p, top_k))):
+            log_p = log_softmax(row / 0.8)
+            among = np.argsort(-log_p, kind="stable")[:top_k]
+            expected = np.full(7, -np.inf)
+            expected[among] = nucleus(log_softmax(log_p[among]), top_p)
+            np.testing.assert_allclose(mine, expected, atol=1e-5)
+
+
+def test_rows_have_options_of_their_own():
+    """Bit for bit: a row is the same beside rows that are cut and beside rows that are not."""
+    logits = np.random.default_rng(4).normal(size=(16, 40)).astype(np.float32)
+    options = [np.tile(np.array(option), 4) for option in ([0.5, 1.0, 1.0, 2.0], [1.0, 0.7, 1.0, 0.9], [0, 0, 3, 4])]
+    together = np.asarray(distribution(logits, *options))
+    for b in range(16):
+        alone = np.asarray(distribution(logits[b:b + 1], *(option[b] for option in options)))
+        np.testing.assert_array_equal(together[b], alone[0])
+
+
 def test_a_whole_nucleus_is_the_plain_distribution():
     logits = np.random.default_rng(1).normal(size=(2, 7)).astype(np.float32)
-    np.testing.assert_allclose(log_distribution(logits, 2.0, 1.0), [log_softmax(row / 2) for row in logits], atol=1e-6)
+    np.testing.assert_allclose(distribution(logits, 2.0, 1.0), [log_softmax(row / 2) for row in logits], atol=1e-6)
 
 
 def test_frequencies_fit_the_distribution():

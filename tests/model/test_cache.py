@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import glm5_jax as glm5
+from glm5_jax.model.cache import put_row, take_row
 from tests.model.reference import MICRO as BASE, random_params, RICH
 
 LENGTH, CHUNK, ROOM = 24, 8, 25
@@ -126,6 +127,20 @@ def test_a_full_cache_is_an_error():
         call("micro", cache, TOKENS[:, :CHUNK], rest)
     with pytest.raises(ValueError, match="cache: row 0 .* 32"):
         glm5.forward(params("micro"), MICRO, TOKENS[:, :CHUNK], cache=cache)
+
+
+def test_rows_can_change_places():
+    """With the MTP layer's part, whose rows lie on other axes."""
+    rng, empty = np.random.default_rng(0), glm5.init_cache(BASE, 3, ROOM)
+    cache = jax.tree.map(lambda x: jnp.asarray(rng.integers(0, 9, x.shape), x.dtype), empty)
+    first, last = take_row(cache, jnp.int32(0)), take_row(cache, jnp.int32(2))
+    assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, glm5.init_cache(BASE, 1, ROOM))
+    np.testing.assert_array_equal(last.latents_LBSR, cache.latents_LBSR[:, 2:])
+    np.testing.assert_array_equal(last.mtp_segment_ids_UBS, cache.mtp_segment_ids_UBS[:, 2:])
+    np.testing.assert_array_equal(last.last_hidden_BUD, cache.last_hidden_BUD[2:])
+    swapped = put_row(put_row(cache, jnp.int32(0), last), jnp.int32(2), first)
+    for place, expected in ((0, last), (1, take_row(cache, jnp.int32(1))), (2, first)):
+        jax.tree.map(np.testing.assert_array_equal, take_row(swapped, jnp.int32(place)), expected)
 
 
 def test_wrong_batch_is_an_error():

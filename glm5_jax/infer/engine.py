@@ -1,0 +1,321 @@
+"""The host half of the engine: who waits, who holds which slot, and what each has drawn.
+
+A request takes a slot as soon as one is free, feeds its prompt chunk by chunk, and is then continued block by block
+with all others; nothing is compiled but the two programs of `slots`. What it draws depends on the weights, its own ids,
+its sampling and how its prompt was cut into chunks: on no other request.
+"""
+
+import collections
+import dataclasses
+from typing import Any, Hashable, Literal, Sequence
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+
+from glm5_jax.core.params import path_name
+from glm5_jax.infer import slots as device
+from glm5_jax.infer.fp8 import quantised
+from glm5_jax.infer.request import RequestTooLong, Result, Sampling
+from glm5_jax.model.cache import init_cache
+from glm5_jax.model.config import ModelConfig
+from glm5_jax.records import Completion, StopReason
+
+STOP_IDS = 8  # per request
+
+
+@dataclasses.dataclass
+class _Request:
+    """One that waits or runs. `ids` are all that were sent; the last `drawn` of them an earlier run had sampled."""
+
+    id: int
+    ids: np.ndarray
+    sampling: Sampling
+    session: Hashable | None
+    drawn: int
+    reused: int = 0
+    new: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    model_logprobs: list[float] = dataclasses.field(default_factory=list)
+    versions: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        return self.sampling.max_new_tokens - self.drawn - len(self.new)
+
+    def result(self, stop: StopReason) -> Result:
+        completion = Completion(tuple(self.new), tuple(self.logprobs), tuple(self.versions), stop)
+        return Result(self.id, completion, tuple(self.model_logprobs), self.reused)
+
+
+@dataclasses.dataclass
+class _Slot:
+    """A row of the cache: its ids, `length` of them, of which the cache holds the first `held`.
+
+    Once its request is gone the row stays with the session of the request until somebody else needs it.
+    """
+
+    ids: np.ndarray
+    length: int = 0
+    held: int = 0
+    request: _Request | None = None
+    session: Hashable | None = None
+    left_at: int = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether only the newest id is not in the cache yet: the next token can be drawn."""
+        return self.request is not None and self.held == self.length - 1
+
+    def reusable(self, request: _Request) -> int:
+        """How many of the request's first ids the row holds; the last id is always fed anew, for its logits."""
+        if request.session is None or request.session != self.session:
+            return 0
+        count = min(self.held, len(request.ids) - 1)
+        differ = np.flatnonzero(self.ids[:count] != request.ids[:count])
+        return int(differ[0]) if len(differ) else count
+
+    def take(self, request: _Request) -> None:
+        self.held = request.reused = self.reusable(request)
+        self.length = len(request.ids)
+        self.ids[:self.length] = request.ids
+        self.request, self.session = request, request.session
+
+    def leave(self, now: int) -> None:
+        self.request, self.left_at = None, now
+
+    def row(self) -> tuple:
+        """The fields of `slots.Rows`; a slot that is not ready has no room."""
+        if self.request is None or not self.ready:
+            return (0,) * 8 + ((-1,) * STOP_IDS,)
+        request, sampling = self.request, self.request.sampling
+        stop_ids = sampling.stop_ids + (-1,) * (STOP_IDS - len(sampling.stop_ids))
+        return (self.held, int(self.ids[self.held]), request.drawn + len(request.new), request.left,
+                sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed, stop_ids)
+
+
+class Engine:
+    """Continuous batching over a fixed set of slots, each with room for `max_len` tokens.
+
+    `chunk` is how many tokens of a prompt are fed at once, `block` how many rounds of drawing pass between two looks of
+    the host; with `drafts` a round draws one token and as many more as the MTP layer guessed right, up to `drafts`. The
+    cache is made once, of `slots.cache_bytes(config, slots, max_len, drafts)`, and never grows. Weights are used where
+    they lie: who donates them to a training step hands over a copy. With `fp8` they are quantised (see `infer.fp8`)
+    here and at every push, and `quantisation_error` says how far they are from what was handed over. Not for several
+    threads.
+    """
+
+    def __init__(self, params: Any, config: ModelConfig, *, slots: int, max_len: int, chunk: int = 128, block: int = 16,
+                 drafts: int = 0, fp8: bool = False, version: int = 0):
+        for name, value, least in (("slots", slots, 1), ("max_len", max_len, 2), ("chunk", chunk, 1),
+                                   ("block", block, 1), ("version", version, 0)):
+            if value < least:
+                raise ValueError(f"Engine: {name}: expected at least {least}, found {value}")
+        self.config, self.max_len, self.version = device.adapted(config, drafts), max_len, version
+        self._chunk, self._block, self._fp8 = min(chunk, max_len), block, fp8
+        params = jax.device_put(params)
+        self._given = jax.eval_shape(lambda: params)
+        # Placed once and for all: an argument that moves between devices would be compiled for anew.
+        self._placement = jax.tree.map(lambda x: x.sharding, params)
+        self._take_weights(params)
+        self._drafts = jax.device_put(np.zeros((slots, drafts), np.int32), self._everywhere)
+        self._empty_cache(slots)
+        self._slots = [_Slot(np.zeros(max_len, np.int32)) for _ in range(slots)]
+        self._waiting: collections.deque[_Request] = collections.deque()
+        self._results: list[Result] = []
+        self._submitted = self._time = self._tokens = self._rounds = 0
+        self._paused = self._stale = False
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a slot."""
+        return sum(slot.request is not None for slot in self._slots)
+
+    @property
+    def accept_length(self) -> float:
+        """Tokens drawn in a round of a slot, on average since the start: 1 without drafts; NaN before the first."""
+        return self._tokens / self._rounds if self._rounds else float("nan")
+
+    def submit(self, ids: Sequence[int] | np.ndarray, sampling: Sampling, *, session: Hashable | None = None,
+               drawn: int = 0) -> int:
+        """Queues a completion of `ids`; returns the number of the request. It waits until a slot is free.
+
+        Requests of one `session` find there what the cache of an earlier one holds of their first ids. To resume what
+        was aborted, append its tokens to the ids and say how many: `drawn`. They count as new tokens of this sampling;
+        the result holds the rest of them.
+
+        Raises RequestTooLong where prompt and new tokens exceed `max_len`, and ValueError naming what else is wrong.
+        """
+        ids = np.asarray(ids)
+        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"ids: expected a list of at least one token id, found {ids.dtype} {list(ids.shape)}")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise ValueError(f"ids: expected 0 to {self.config.vocab_size - 1} (config.vocab_size), found {ids.min()} "
+                             f"to {ids.max()}")
+        if not 0 <= drawn < min(len(ids), sampling.max_new_tokens):
+            raise ValueError(f"drawn: expected 0 or more, less than the {len(ids)} ids and less than max_new_tokens = "
+                             f"{sampling.max_new_tokens}, found {drawn}")
+        if len(sampling.stop_ids) > STOP_IDS or max(sampling.stop_ids, default=0) >= self.config.vocab_size:
+            raise ValueError(f"stop_ids: expected at most {STOP_IDS} ids from 0 to {self.config.vocab_size - 1}, found "
+                             f"{sampling.stop_ids}")
+        length = len(ids) - drawn + sampling.max_new_tokens
+        if length > self.max_len:
+            raise RequestTooLong(f"ids and max_new_tokens: expected at most max_len = {self.max_len} in all, found "
+                                 f"{len(ids) - drawn} + {sampling.max_new_tokens} = {length}; ask for fewer new tokens "
+                                 f"or make an engine with a larger max_len")
+        request = _Request(self._submitted, ids.astype(np.int32), sampling, session, drawn)
+        self._submitted += 1
+        self._waiting.append(request)
+        return request.id
+
+    def step(self) -> bool:
+        """Feeds every new request one chunk and continues every other by one block.
+
+        Returns whether there was anything to do: `while engine.step(): ...` runs until nothing is left, or nothing may
+        move because the engine is paused. Raises FloatingPointError where the weights give no finite log-probs.
+        """
+        if self._paused:
+            return False
+        self._admit()
+        for index, slot in enumerate(self._slots):
+            if slot.request is not None and not slot.ready:
+                self._feed(index, slot)
+        if any(slot.ready for slot in self._slots):
+            self._draw()
+        return self.running > 0 or self.waiting > 0
+
+    def results(self) -> list[Result]:
+        """What has ended since the last call, in the order of its end."""
+        results, self._results = self._results, []
+        return results
+
+    def abort(self, request: int) -> Result:
+        """Calls a request back and returns what it has drawn; its cache stays with its session.
+
+        Raises LookupError for one that neither waits nor runs.
+        """
+        for slot in self._slots:
+            if slot.request is not None and slot.request.id == request:
+                found = slot.request
+                self._leave(slot)
+                return found.result(StopReason.ABORT)
+        for found in self._waiting:
+            if found.id == request:
+                self._waiting.remove(found)
+                return found.result(StopReason.ABORT)
+        state = "one that has ended" if request in range(self._submitted) else "one that was never submitted"
+        raise LookupError(f"abort: expected a request that waits or runs, found {request!r}, {state}")
+
+    def pause(self) -> None:
+        """Holds everything where it is: `step` does nothing until `resume`. Requests can come and be aborted."""
+        self._paused = True
+
+    def push_weights(self, params: Any, version: int) -> None:
+        """Replaces the weights of a paused engine; from now on tokens are stamped with `version`.
+
+        Raises RuntimeError where the engine is not paused and ValueError, leaving all as it is, for a version that is
+        not above the present one or for parameters of other names, shapes or dtypes.
+        """
+        if not self._paused:
+            raise RuntimeError("push_weights: expected a paused engine; call pause() before and resume() after it")
+        if version <= self.version:
+            raise ValueError(f"version: expected above {self.version}, the present one, found {version}")
+        _require_same(self._given, params)
+        self._take_weights(params)
+        self.version, self._stale = version, True
+
+    def resume(self, cache: Literal["keep", "recompute"] = "recompute") -> None:
+        """Lets the engine go on after `pause`.
+
+        After a push, what the cache holds was made by older weights. "recompute" makes it anew from the ids, so that
+        every later token is what the new weights alone would draw; "keep" goes on with it at no cost.
+        """
+        if cache not in ("keep", "recompute"):
+            raise ValueError(f"cache: expected 'keep' or 'recompute', found {cache!r}")
+        if self._stale and cache == "recompute":
+            self._empty_cache(len(self._slots))
+            for slot in self._slots:
+                slot.held = 0
+            self._stale = False
+        self._paused = False
+
+    def _take_weights(self, params: Any) -> None:
+        self._params, self.quantisation_error = jax.device_put(params, self._placement), 0.0
+        if self._fp8:
+            self._params, error = quantised(self.config, self._params)
+            self.quantisation_error = float(error)
+
+    def _empty_cache(self, slots: int) -> None:
+        """Not only cut back: where the weights gave NaN, rows would keep it, and 0 times NaN is NaN."""
+        self._cache = None  # freed before the next one is made
+        self._cache = jax.device_put(init_cache(self.config, slots, self.max_len), self._everywhere)
+
+    @property
+    def _everywhere(self) -> Any:
+        """Where the weights lie, on each device whole."""
+        one = jax.tree.leaves(self._placement)[0]
+        return NamedSharding(one.mesh, PartitionSpec()) if isinstance(one, NamedSharding) else one
+
+    def _admit(self) -> None:
+        """First come, first served: in its session's slot, in one that nobody will ask for again, in the oldest."""
+        while self._waiting and (idle := [slot for slot in self._slots if slot.request is None]):
+            request = self._waiting.popleft()
+            slot = max(idle, key=lambda slot: (slot.reusable(request), slot.session is None, -slot.left_at))
+            slot.take(request)
+
+    def _feed(self, index: int, slot: _Slot) -> None:
+        count = min(self._chunk, slot.length - 1 - slot.held)
+        tokens = np.zeros(self._chunk, np.int32)
+        tokens[:count] = slot.ids[slot.held:slot.held + count]
+        self._cache = device.prefill(self._params, self.config, self._cache, np.int32(index), np.int32(slot.held),
+                                     tokens, np.int32(count), self._drafts.shape[1])
+        slot.held += count
+
+    def _draw(self) -> None:
+        rows = device.rows_of([slot.row() for slot in self._slots])
+        self._cache, self._drafts, drawn = device.decode(self._params, self.config, self._cache, rows, self._drafts,
+                                                         np.bool_(bool(self._waiting)), self._block)
+        drawn = jax.device_get(drawn)
+        self._rounds += int(drawn.rounds_B.sum())
+        for slot, tokens, *logprobs in zip(self._slots, drawn.tokens_BN, drawn.logprobs_BN, drawn.model_logprobs_BN):
+            count = int((tokens >= 0).sum())
+            if slot.request is not None and count:
+                self._append(slot, slot.request, *(x_N[:count] for x_N in (tokens, *logprobs)))
+
+    def _append(self, slot: _Slot, request: _Request, new: np.ndarray, logprobs: np.ndarray,
+                model_logprobs: np.ndarray) -> None:
+        if not np.isfinite(logprobs).all():
+            raise FloatingPointError(f"request {request.id}: expected finite log-probs, found {logprobs.min()} under "
+                                     f"version {self.version} of the weights; abort it or push other weights")
+        slot.ids[slot.length:slot.length + len(new)] = new
+        slot.length += len(new)
+        slot.held += len(new)
+        request.new += new.tolist()
+        request.logprobs += logprobs.tolist()
+        request.model_logprobs += model_logprobs.tolist()
+        request.versions += [self.version] * len(new)
+        self._tokens += len(new)
+        stopped = request.new[-1] in request.sampling.stop_ids
+        if stopped or request.left == 0:
+            self._leave(slot)
+            self._results.append(request.result(StopReason.STOP if stopped else StopReason.LENGTH))
+
+    def _leave(self, slot: _Slot) -> None:
+        self._time += 1
+        slot.leave(self._time)
+
+
+def _require_same(present: Any, params: Any) -> None:
+    """Raises ValueError at the first parameter whose name, shape or dtype is another."""
+    described = lambda tree: {path_name(path): f"{x.dtype} {list(x.shape)}"
+                              for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    expected, found = described(present), described(params)
+    for name in sorted(expected | found):
+        if expected.get(name) != found.get(name):
+            raise ValueError(f"params: {name}: expected {expected.get(name, 'no such parameter')}, found "
+                             f"{found.get(name, 'none')}")
