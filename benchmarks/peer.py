@@ -54,6 +54,13 @@ class Peer:
             return self.torch.cat([self.model(forced[:, i:i + 1], past_key_values=cache, use_cache=True)
                                    .logits.argmax(-1) for i in range(forced.shape[1])], 1)
 
+    def generate(self, tokens: Any, new: int) -> Any:
+        """The `new` tokens of a greedy completion of each row, [B, N]."""
+        with self.torch.inference_mode():
+            whole = self.model.generate(tokens, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                                        attention_mask=self.torch.ones_like(tokens), pad_token_id=0, eos_token_id=None)
+        return whole[:, tokens.shape[1]:]
+
     def copied(self, cache: Any) -> Any:
         """A cache to be filled further."""
         return copy.deepcopy(cache)
