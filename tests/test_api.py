@@ -8,7 +8,7 @@ import pytest
 import glm5_jax
 
 NAMES = {"ModelConfig", "glm5", "glm5_2", "small", "tiny", "param_specs", "init", "forward", "unembed", "Output",
-         "Cache", "init_cache", "generate", "load_hf", "save_hf", "to_hf"}
+         "Cache", "init_cache", "generate", "Engine", "Sampling", "load_hf", "save_hf", "to_hf"}
 
 
 def test_every_public_name_resolves():

@@ -157,7 +157,7 @@ def _remember(flow: Flow, name: str, layer: jax.Array, view: View, new_BTC: jax.
     return stack[layer].astype(new_BTC.dtype), flow.replace(**{name: stack})
 
 
-def _sight(view: View, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> dict[str, jax.Array]:
+def _sight(view: View, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> dict[str, Any]:
     """Who sees whom, as the kernels take it."""
     return {"q_positions": positions_BT, "k_positions": view.key_positions_BS,
             "q_segments": segment_ids_BT, "k_segments": view.key_segment_ids_BS}

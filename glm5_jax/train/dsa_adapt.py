@@ -91,8 +91,8 @@ def _of_layer(params: Params, config: ModelConfig, latent: jax.Array, u_BTD: jax
     k_BSHC, v_BSHC = mla.expand_rows(params, config, mla.latent_rows(params, config, u_BTD, rope))
 
     def block(q: jax.Array, index_q: jax.Array, index_w: jax.Array, positions: jax.Array, segments: jax.Array) -> Any:
-        sight = {"q_positions": positions, "k_positions": batch.positions,
-                 "q_segments": segments, "k_segments": batch.segment_ids}
+        sight: dict[str, Any] = {"q_positions": positions, "k_positions": batch.positions,
+                                 "q_segments": segments, "k_segments": batch.segment_ids}
         mask = visible(**sight)
         p_BTS = mla.attend_dense(q, k_BSHC, v_BSHC, mask, config.qk_head_dim ** -0.5)[1].mean(1)
         distance = positions[:, :, None] - batch.positions[:, None]
