@@ -37,16 +37,24 @@ class Mean:
         return jnp.where(self.count > 0, self.total / jnp.where(self.count > 0, self.count, 1), jnp.nan)
 
 
-def merge(*groups: Mapping[str, Mean]) -> dict[str, Mean]:
+class Metric(Protocol):
+    """What merges exactly with others of its kind, and has a value in the end: `Mean` and those of `losses`."""
+
+    def merge(self, other: Any) -> Any: ...
+
+    def value(self) -> jax.Array: ...
+
+
+def merge(*groups: Mapping[str, Metric]) -> dict[str, Any]:
     """Merges metrics of the same name; a name may be missing from some of the groups."""
-    merged: dict[str, Mean] = {}
+    merged: dict[str, Metric] = {}
     for group in groups:
         for name, metric in group.items():
             merged[name] = merged[name].merge(metric) if name in merged else metric
     return merged
 
 
-def collect(metrics: Mapping[str, Mean]) -> dict[str, float]:
+def collect(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """Brings the values to the host in one transfer, ready for a writer."""
     return {name: float(value) for name, value in jax.device_get({k: m.value() for k, m in metrics.items()}).items()}
 
