@@ -6,6 +6,8 @@ call is not split over a mesh by itself. So they are named, not chosen.
 
 from typing import Mapping
 
+from pallas_kernels.sparse_mla import sparse_core
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -17,6 +19,31 @@ def prefer(platform: str, shapes: Shapes) -> tuple[str, str]:
 def refuse(implementation: str, shapes: Shapes) -> str | None:
     """Why a Pallas kernel cannot take these shapes; None where it can."""
     return None
+
+
+TILE_QUERIES = 8  # that share the tiles of keys which they touch
+MOST_GATHERED = 4096  # rows of one query that fit the memory of a TensorCore
+
+
+def form_on_tpu(shapes: Shapes, dtype: str, no_sparse_cores: str | None) -> tuple[str, str]:
+    """How "pallas_tpu" computes the forward pass, "gathered" rows or "tiles" of keys, and the reason.
+
+    By the rows that either moves for one sequence: four for each selected key of each query, against at most all keys
+    for each block of queries. Tiles read and write all rows once before that, a gather only where it has to fill them
+    up to a multiple of 128. `no_sparse_cores` tells why there are none, if so.
+    """
+    (_, T, _, R), S, K = shapes["q_BTHR"], shapes["kv_BSR"][1], shapes["indices_BTK"][2]
+    if no_sparse_cores is not None:
+        return "tiles", no_sparse_cores
+    if dtype != "bfloat16" or R > sparse_core.WIDEST or K > MOST_GATHERED:
+        return "tiles", (f"at most {MOST_GATHERED} bfloat16 rows of {sparse_core.WIDEST} are gathered for a query, not "
+                         f"{K} {dtype} rows of {R}")
+    whole = R % sparse_core.LANES == 0
+    gathered, tiles = 4 * T * K + (0 if whole else 2 * S), (-(-T // TILE_QUERIES) + 2) * S
+    reason = f"{gathered:,} rows are moved for a sequence, by tiles {tiles:,}"
+    if not whole:
+        reason += f"; a gather copies all {S:,} first, for {R} is no multiple of {sparse_core.LANES}"
+    return "gathered" if gathered < tiles else "tiles", reason
 
 
 def prefer_backward(platform: str, shapes: Shapes) -> tuple[str, str]:

@@ -1,5 +1,8 @@
 """Attention over selected latent rows on TPU: every tile of keys that a block of queries touches, under a mask.
 
+That is for queries that share tiles; where a sequence is much longer than what they touch, and the chip has
+SparseCores, the forward pass gathers rows instead: see `choice.form_on_tpu` and `gathered`.
+
 Rows cannot be fetched one by one from the TensorCore: a DMA of one row takes 31 bundles to issue, 36 us for the 2,048
 rows of a query against 1.4 us that their bytes take. Neighbouring queries share tiles instead: the matrix unit computes
 all logits of a tile, and a mask made from the indices keeps the selected ones. The mask is itself a matrix product: a
@@ -9,6 +12,7 @@ B batch, T query positions, S key positions, H heads, R latent rank, K keys sele
 """
 
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +20,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
+
+from pallas_kernels.sparse_mla import choice, gathered, sparse_core
+
+_log = logging.getLogger(__name__)
 
 LANES = 128
 NT = (((1,), (1,)), ((), ()))  # both operands have the summed axis last
@@ -26,7 +34,7 @@ VMEM = 64 << 20
 class Tiles(NamedTuple):
     """Queries and keys of one grid step; `keys` is a multiple of 128."""
 
-    queries: int = 8
+    queries: int = choice.TILE_QUERIES
     keys: int = 1024
 
 
@@ -204,6 +212,12 @@ _PARAMETERS = dict(dimension_semantics=("parallel", "parallel", "arbitrary"), vm
 def forward(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, *, scale: float, value_dim: int,
             tiles: Tiles = Tiles(), interpret: Any = False) -> tuple[jax.Array, jax.Array]:
     """See `api.sparse_mla`: the result and the log-sum-exp of the logits, float32 [B, T, H]."""
+    chip = "interpreted" if interpret else sparse_core.of_target()
+    shapes = {"q_BTHR": q_BTHR.shape, "kv_BSR": kv_BSR.shape, "indices_BTK": indices_BTK.shape}
+    form, reason = choice.form_on_tpu(shapes, str(q_BTHR.dtype), chip if isinstance(chip, str) else None)
+    _log.info("sparse_mla: pallas_tpu by %s (%s)", form, reason)
+    if form == "gathered":
+        return gathered.forward(q_BTHR, kv_BSR, indices_BTK, scale=scale, value_dim=value_dim, chip=chip)
     B, T, H, R = q_BTHR.shape
     x = _arrange(q_BTHR, kv_BSR, indices_BTK, tiles)
     grid, of_rows, of_queries, of_keys, offsets = _specs(H, tiles, x, keys_outside=False)

@@ -33,6 +33,24 @@ def tpu_kernels(folder: Path) -> dict[str, dict[str, Any]]:
         while name in found:
             name += "'"
         found[name] = {"bundles": bundles, "slots": _slots(slots.read_text()), "loops": _loops(program)}
+    return found | _sparse_core_kernels(folder)
+
+
+def _sparse_core_kernels(folder: Path) -> dict[str, dict[str, int]]:
+    """Every Pallas kernel of the SparseCores: the bundles of a subcore's program, and of its shortest loop up to the
+    branch, whose delay slots follow."""
+    found = {}
+    for path in sorted(folder.glob("*call-start_*_bundles.txt")):
+        _, _, text = path.read_text().partition("\ntec\n")
+        labels, loops, bundles = {}, [], 0
+        for line in text.partition("\n_tile_overlayer")[0].splitlines():
+            label, jump = re.match(r"\.(\w+):", line), re.search(r"sbr\.rel .*?\.(LBB\w+)-", line)
+            if label:
+                labels[label[1]] = bundles
+            bundles += line.startswith("0x")
+            if jump and jump[1] in labels:
+                loops.append(bundles - labels[jump[1]])
+        found[path.name.split(".")[0]] = {"subcore_bundles": bundles, "subcore_loop": min(loops, default=bundles)}
     return found
 
 

@@ -41,7 +41,7 @@ def environment(target: Target, dumps: Path) -> dict[str, str]:
     return shared | {
         # The last pass alone: all of them would take as long to write as the compilation.
         "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true "
-                            "--xla_jf_dump_llo_pass_label_regex=.*final.*",
+                            f"--xla_jf_dump_llo_pass_label_regex=.*final.* --xla_sc_dump_bundles_to={dumps}",
         # libtpu asks a cloud for its board otherwise, and lets one process in at a time.
         "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
