@@ -58,7 +58,8 @@ class Sizes(NamedTuple):
     requests: int = 64  # at each share
 
 
-TOY = Sizes(batches=(1, 2), short=(8, 4), prompt=8, new=4, slots=2, chunk=4, block=2, turns=2, shares=(0.5, 1.0), requests=4)
+TOY = Sizes(batches=(1, 2), short=(8, 4), prompt=8, new=4, slots=2, chunk=4, block=2, turns=2, shares=(0.5, 1.0),
+            requests=4)
 
 
 def preset(toy: bool) -> ModelConfig:
