@@ -1,6 +1,8 @@
 """What every test runs under: eight fake CPU devices, a compilation cache, repeatable examples, and no silent skip."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,18 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """Lets go of compiled programs before their memory maps reach what Linux allows a process, 65,530 by default.
+
+    Beyond it the compiler does not fail but crash. A module adds up to some 15,000.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and len(maps.read_bytes().splitlines()) > 25_000:
+        sys.modules["jax"].clear_caches()
 
 
 def skips(config: pytest.Config) -> list[tuple[str, str]]:
