@@ -73,8 +73,8 @@ def prompts(config: ModelConfig, count: int, length: int) -> np.ndarray:
 
 
 def engine_of(params: Any, config: ModelConfig, sizes: Sizes, slots: int, *, room: int | None = None,
-              drafts: int = 0) -> Engine:
-    return Engine(params, config, slots=slots, max_len=room or sizes.prompt + sizes.new, chunk=sizes.chunk,
+              chunk: int | None = None, drafts: int = 0) -> Engine:
+    return Engine(params, config, slots=slots, max_len=room or sizes.prompt + sizes.new, chunk=chunk or sizes.chunk,
                   block=sizes.block, drafts=drafts)
 
 
@@ -102,7 +102,7 @@ def beside_transformers(config: ModelConfig, params: Any, sizes: Sizes, rounds: 
     table: dict[str, Any] = {"same_tokens": same}
     length, new = sizes.short
     for batch in sizes.batches:
-        engine, whole = engine_of(params, config, sizes, batch), prompts(config, batch, length)
+        engine, whole = engine_of(params, config, sizes, batch, chunk=length), prompts(config, batch, length)
         theirs = functools.partial(peer.generate, peer.tokens(whole), new)
         jobs = {"transformers": Job(theirs), "engine": Job(functools.partial(complete, engine, whole, new))}
         table[f"batch {batch}"] = rows = measure.speed(measure.taking_turns(jobs, rounds), "transformers")

@@ -1,8 +1,6 @@
 """benchmarks/engine.py at toy size, without torch: every part of ours runs and is written. No time is asserted."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,20 +10,10 @@ import pytest
 import glm5_jax as glm5
 from glm5_jax.text.tokenizer import Tokenizer
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("engine", "measure", "peer")
-
 
 @pytest.fixture
-def benchmark(monkeypatch) -> ModuleType:
-    """The module, as `python benchmarks/engine.py` finds it and what lies beside it."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    found = [importlib.import_module(name) for name in NAMES]
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name)
-    return found[0]
+def benchmark(benchmarks) -> ModuleType:
+    return benchmarks("engine")
 
 
 @pytest.mark.slow

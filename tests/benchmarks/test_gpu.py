@@ -2,11 +2,9 @@
 results are kept after every part. No time is asserted.
 """
 
-import importlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,21 +12,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("gpu", "gpu_layer", "gpu_parity", "gpu_parts", "measure", "queued")
 KERNELS = {"implementation": "pallas_gpu", "interpret": True}
 
 
 @pytest.fixture
-def gpu(monkeypatch) -> ModuleType:
-    """The module, as `python benchmarks/gpu.py` finds it and what lies beside it."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    found = [importlib.import_module(name) for name in NAMES]
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name)
-    return found[0]
+def gpu(benchmarks) -> ModuleType:
+    return benchmarks("gpu")
 
 
 def run(gpu: ModuleType, folder: Path, *arguments: str) -> tuple[int, dict]:

@@ -2,28 +2,15 @@
 asserted.
 """
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("kernels", "measure")
-
 
 @pytest.fixture
-def kernels(monkeypatch):
-    """The module, as `python benchmarks/kernels.py` finds it."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    found = importlib.import_module("kernels")
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return found
+def kernels(benchmarks):
+    return benchmarks("kernels")
 
 
 def toy(kernels):

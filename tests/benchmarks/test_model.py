@@ -3,32 +3,13 @@
 No time is asserted.
 """
 
-import importlib
 import json
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import jax
 import numpy as np
 import pytest
 
 import glm5_jax as glm5
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("model", "attention", "peer", "measure")
-
-
-@pytest.fixture
-def benchmarks(monkeypatch) -> dict[str, ModuleType]:
-    """Its modules by name, as `python benchmarks/model.py` finds them beside itself."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    found = {name: importlib.import_module(name) for name in NAMES}
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name)
-    return found
 
 
 @pytest.fixture
@@ -40,7 +21,7 @@ def config() -> glm5.ModelConfig:
 
 @pytest.mark.slow
 def test_every_job_of_ours_runs(benchmarks, config):
-    model = benchmarks["model"]
+    model = benchmarks("model")
     params = glm5.init(config, jax.random.key(0))
     sizes = model.Sizes(prefill=(2, 12), train=(1, 12), prompt=8, new=4, batches=(2,))
     work = model.ours(config, params, sizes)
@@ -55,9 +36,9 @@ def test_every_job_of_ours_runs(benchmarks, config):
 
 @pytest.mark.slow
 def test_the_attention_part_measures_itself_and_replaces_nothing(benchmarks, config, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(benchmarks["model"].glm5, "small", lambda: config)
+    monkeypatch.setattr(benchmarks("model").glm5, "small", lambda: config)
     arguments = ["--parts", "attention", "--lengths", "16", "32", "--attention-rounds", "1", "--out", str(tmp_path)]
-    benchmarks["model"].main(arguments)
+    benchmarks("model").main(arguments)
     path, = tmp_path.iterdir()
     record = json.loads(path.read_text())
     assert path.name == f"model-{record['date']}-cpu.json"
@@ -67,19 +48,19 @@ def test_the_attention_part_measures_itself_and_replaces_nothing(benchmarks, con
     assert str(path) in capsys.readouterr().out
 
     first = path.read_text()
-    again = benchmarks["measure"].write(tmp_path, "model", record | {"rounds": 0})
+    again = benchmarks("measure").write(tmp_path, "model", record | {"rounds": 0})
     assert (again.name, path.read_text()) == (f"model-{record['date']}-cpu-2.json", first)
 
 
 def test_jobs_take_turns_and_warm_up_untimed(benchmarks):
     calls = []
-    job = lambda name: benchmarks["measure"].Job(calls.append, lambda: (name,))
-    seconds = benchmarks["measure"].taking_turns({"a": job("a"), "b": job("b")}, rounds=3)
+    job = lambda name: benchmarks("measure").Job(calls.append, lambda: (name,))
+    seconds = benchmarks("measure").taking_turns({"a": job("a"), "b": job("b")}, rounds=3)
     assert calls == ["a", "b"] * 5
     assert {name: len(found) for name, found in seconds.items()} == {"a": 3, "b": 3}
 
 
 def test_ratios_and_exponents_are_what_they_say(benchmarks):
-    row = benchmarks["measure"].speed({"them": [2.0, 6.0, 3.0], "us": [1.0, 1.0, 2.0]}, "them")["us"]
+    row = benchmarks("measure").speed({"them": [2.0, 6.0, 3.0], "us": [1.0, 1.0, 2.0]}, "them")["us"]
     assert row == {"seconds": 1.0, "ratio": 2.0, "ratio_lowest": 1.5, "ratio_highest": 6.0}
-    assert benchmarks["measure"].growth([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert benchmarks("measure").growth([1, 2, 4], [3, 12, 48]) == pytest.approx(2)

@@ -1,9 +1,6 @@
 """benchmarks/train.py at toy size: every part runs and writes what it found. No time is asserted."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -11,20 +8,10 @@ import pytest
 
 import glm5_jax as glm5
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("train", "measure")
-
 
 @pytest.fixture
-def train(monkeypatch) -> ModuleType:
-    """The module, as `python benchmarks/train.py` finds it and what lies beside it."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    found = [importlib.import_module(name) for name in NAMES]
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name)
-    return found[0]
+def train(benchmarks) -> ModuleType:
+    return benchmarks("train")
 
 
 @pytest.mark.slow
