@@ -10,9 +10,10 @@
   dense product of as many operations, its roof; `lax.ragged_dot`; for the even spread the gradients of all three.
 
 Inputs are random normal. Before timing, sparse attention over all keys is compared with dense, the bisection with
-`lax.top_k`, and the grouped product with `lax.ragged_dot`. Two CPU cores: about six minutes. Seen: attention gains
+`lax.top_k`, and the grouped product with `lax.ragged_dot`. Two CPU cores: three to six minutes. Seen: attention gains
 with length, 0.8x at 4K to 2.9x at 32K in float32, 0.6x to 1.6x in bfloat16 (aim 3x); selection 2.1x at 4K, 0.95x at
-32K; a grouped product 0.56 of its roof in float32, 0.38 in bfloat16 (aim 0.5), `lax.ragged_dot` about 1/32. Writes benchmarks/results/kernels-<date>-<device>.json.
+32K; a grouped product 0.56 of its roof in float32, 0.38 in bfloat16 (aim 0.5), `lax.ragged_dot` about 1/32. Writes
+benchmarks/results/kernels-<date>-<device>.json.
 """
 
 import argparse
