@@ -34,11 +34,14 @@ MIGRATIONS = ("""
     CREATE TABLE ends (number INTEGER PRIMARY KEY, "group" TEXT NOT NULL REFERENCES groups(id), step INTEGER,
                        repeats TEXT, reason TEXT, detail TEXT, CHECK ((step IS NULL) != (reason IS NULL)));
     CREATE INDEX ends_of_group ON ends("group");
-    CREATE TABLE rewinds (number INTEGER PRIMARY KEY, step INTEGER NOT NULL, after INTEGER NOT NULL);
+    CREATE TABLE rewinds (number INTEGER PRIMARY KEY, step INTEGER NOT NULL, after INTEGER NOT NULL,
+                          policy INTEGER NOT NULL);
     CREATE TABLE policies (number INTEGER PRIMARY KEY, step INTEGER NOT NULL, checksum TEXT NOT NULL);
     CREATE VIEW ended AS SELECT * FROM ends WHERE NOT EXISTS (
         SELECT 1 FROM rewinds WHERE ends.step > rewinds.step AND ends.number <= rewinds.after);
-    CREATE VIEW in_flight AS SELECT * FROM groups WHERE id NOT IN (SELECT "group" FROM ended);
+    CREATE VIEW in_flight AS SELECT * FROM groups WHERE NOT EXISTS (SELECT 1 FROM ended WHERE "group" = groups.id);
+    CREATE VIEW standing AS SELECT * FROM policies WHERE NOT EXISTS (
+        SELECT 1 FROM rewinds WHERE policies.step > rewinds.step AND policies.number <= rewinds.policy);
 """ + "".join(f"""
     CREATE TRIGGER {table}_never_{word} BEFORE {word} ON {table}
         BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
@@ -51,7 +54,7 @@ class LedgerError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """A dispatched group: which problem, how many rollouts, and the policy version of the moment."""
+    """A dispatched group: which problem, how many rollouts, and the number of the policy of the moment."""
 
     id: str
     task: str
@@ -83,11 +86,10 @@ class Ledger:
             for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
                 self._connection.execute(f"PRAGMA {setting}")
             self._migrate()
-        except sqlite3.DatabaseError as error:
+        except BaseException as error:
             self._connection.close()
-            raise LedgerError(f"{self.path}: expected a ledger, found what SQLite cannot read ({error})") from error
-        except LedgerError:
-            self._connection.close()
+            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+                raise LedgerError(f"{self.path}: expected a ledger, found what SQLite cannot read ({error})") from error
             raise
 
     def close(self) -> None:
@@ -118,31 +120,43 @@ class Ledger:
             if (trajectory.task, trajectory.seed) != (order.task, order.seed):
                 raise LedgerError(f"rollout {trajectory.id!r}: expected task and seed of group {group!r}, "
                                   f"{order.task!r} and {order.seed}, found {trajectory.task!r} and {trajectory.seed}")
-            known = db.execute('SELECT "group", "end" FROM rollouts WHERE id = ? ORDER BY number DESC LIMIT 1',
+            known = db.execute('SELECT "group", "end", trajectory FROM rollouts WHERE id = ? '
+                               "ORDER BY number DESC LIMIT 1",
                                [trajectory.id]).fetchone()
             if known is None:
                 count, = db.execute('SELECT COUNT(DISTINCT id) FROM rollouts WHERE "group" = ?', [group]).fetchone()
                 if count >= order.size:
                     raise LedgerError(f"group {group!r}: expected at most {order.size} rollouts, found one more, "
                                       f"{trajectory.id!r}")
-            elif known != (group, EndReason.ABORTED.value):
+            elif known[:2] != (group, EndReason.ABORTED.value):
                 raise LedgerError(f"rollout {trajectory.id!r}: expected a new or a partial one of group {group!r}, "
                                   f"found one of {known[0]!r} that ended with {known[1]!r}")
+            elif (had := _sampled(from_json(Trajectory, known[2]))) != (has := _sampled(trajectory))[:len(had)] and (
+                    trajectory.failure is None):
+                raise LedgerError(f"rollout {trajectory.id!r}: expected what is recorded of it, {len(had)} sampled "
+                                  f"tokens, and more; found {len(has)} that do not begin with them")
             db.execute('INSERT INTO rollouts ("group", id, "end", trajectory) VALUES (?, ?, ?, ?)',
                        [group, trajectory.id, trajectory.end.value, to_json(trajectory)])
 
     def consume(self, step: int, groups: Sequence[Group]) -> None:
         """Ends groups as the batch of training step `step`, all or none.
 
-        Raises LedgerError where one is not in flight, has too few members, or holds other rollouts than were recorded.
+        Raises LedgerError where the step has a batch, a group is not in flight, not all of its rollouts have ended, it
+        has too few members, or holds other rollouts than were recorded.
         """
         with self._write() as db:
+            if db.execute("SELECT 1 FROM ended WHERE step = ?", [step]).fetchone():
+                raise LedgerError(f"step {step}: expected one without a batch; `rewind` takes back what was lost")
             for group in groups:
                 order = self._open_order(db, group.id)
                 if len(group.members) != order.size:
                     raise LedgerError(f"group {group.id!r}: expected {order.size} members, found {len(group.members)}")
                 if group.trajectories != self._trajectories(db, group.id):
                     raise LedgerError(f"group {group.id!r}: expected the rollouts that were recorded, found others")
+                partial = [one.id for one in group.trajectories if one.end is EndReason.ABORTED]
+                if partial or len(group.trajectories) != order.size:
+                    raise LedgerError(f"group {group.id!r}: expected {order.size} rollouts that have ended, found "
+                                      f"{len(group.trajectories)}, of which these are partial: {partial}")
                 db.execute('INSERT INTO ends ("group", step, repeats) VALUES (?, ?, ?)',
                            [group.id, step, " ".join(map(str, group.repeats))])
 
@@ -155,10 +169,15 @@ class Ledger:
             db.execute('INSERT INTO ends ("group", reason, detail) VALUES (?, ?, ?)', [group, reason, detail])
 
     def rewind(self, step: int) -> int:
-        """Takes back what the steps after `step` consumed, because training goes on from there; how many groups."""
+        """Takes back what the steps after `step` consumed, and their policies, because training goes on from there.
+
+        Returns how many groups are in flight again. The numbers of their policies are not used again.
+        """
         with self._write() as db:
             undone, = db.execute("SELECT COUNT(*) FROM ended WHERE step > ?", [step]).fetchone()
-            db.execute("INSERT INTO rewinds (step, after) SELECT ?, COALESCE(MAX(number), 0) FROM ends", [step])
+            db.execute("INSERT INTO rewinds (step, after, policy) SELECT ?, "
+                       "(SELECT COALESCE(MAX(number), 0) FROM ends), "
+                       "(SELECT COALESCE(MAX(number), -1) FROM policies)", [step])
             return undone
 
     def push(self, policy: PolicyVersion) -> None:
@@ -198,9 +217,9 @@ class Ledger:
                     for group, size, repeats in rows]
 
     def policy(self) -> PolicyVersion | None:
-        """The newest weights, None before the first."""
+        """The newest weights that no rewind has taken back, None where there are none."""
         with self._read() as db:
-            row = db.execute("SELECT number, step, checksum FROM policies ORDER BY number DESC LIMIT 1").fetchone()
+            row = db.execute("SELECT number, step, checksum FROM standing ORDER BY number DESC LIMIT 1").fetchone()
         return PolicyVersion(*row) if row else None
 
     def _trajectories(self, db: sqlite3.Connection, group: str) -> tuple[Trajectory, ...]:
@@ -236,15 +255,16 @@ class Ledger:
             self._connection.execute(begin)
             try:
                 yield self._connection
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
+                self._connection.execute("COMMIT")
+            finally:
+                if self._connection.in_transaction:  # a full disk has rolled back already
+                    self._connection.execute("ROLLBACK")
 
     def _check_schema(self, db: sqlite3.Connection) -> int:
         """The number of the file's schema, 0 for an empty file."""
-        found, = db.execute("PRAGMA user_version").fetchone()
-        tables, = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        # In one statement: another process may just be making the file.
+        found, tables = db.execute("SELECT user_version, (SELECT COUNT(*) FROM sqlite_master) FROM "
+                                   "pragma_user_version").fetchone()
         if found == 0 and tables:
             raise LedgerError(f"{self.path}: expected a ledger, found another SQLite database")
         if found > len(MIGRATIONS):
@@ -260,6 +280,11 @@ class Ledger:
                     db.execute(statement)
             if found < len(MIGRATIONS):
                 db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+def _sampled(trajectory: Trajectory) -> list[int]:
+    """All sampled ids, turn after turn."""
+    return [id for turn in trajectory.turns if turn.completion for id in turn.completion.ids]
 
 
 def _statements(script: str) -> Iterator[str]:

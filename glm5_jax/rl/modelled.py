@@ -154,7 +154,8 @@ class Simulation:
 
     def __init__(self, workload: Workload, machine: Machine, scheduler: Scheduler, share: float, seed: int):
         self.workload, self.machine, self.scheduler = workload, machine, scheduler
-        self.generators = machine.devices if scheduler.together else round(share * machine.devices)
+        own = min(max(round(share * machine.devices), 1), machine.devices - 1)
+        self.generators = machine.devices if scheduler.together else own
         self.trainers = machine.devices if scheduler.together else machine.devices - self.generators
         self.rng = random.Random(seed)
         self.now, self.version, self.training, self.dispatched = 0.0, 0, False, 0
@@ -173,6 +174,8 @@ class Simulation:
         marks: dict[str, float] = {}
         self._decide()
         while len(self.steps) < steps:
+            if not self.events:
+                raise RuntimeError(f"{self.scheduler}: nothing happens any more after {len(self.steps)} steps")
             self.now, _, event = heapq.heappop(self.events)
             event()
             if self.changed:
@@ -189,6 +192,8 @@ class Simulation:
             past["busy"] / past["now"] / self.generators, past["trainer"] / past["now"])
 
     def _sums(self) -> dict[str, float]:
+        for engine in self.engines:
+            engine.advance(self.now)
         return {"now": self.now, "wasted": self.wasted, "again": self.again, "trainer": self.trainer_busy,
                 "busy": sum(engine.busy for engine in self.engines)}
 
@@ -213,7 +218,7 @@ class Simulation:
             self._dispatch(self.scheduler.admit(self._view()))
 
     def _dispatch(self, count: int) -> None:
-        resumed, self.held = (self.held, []) if count else ([], self.held)
+        resumed, self.held = (self.held, []) if not self.training else ([], self.held)
         for group in resumed + [self._new_group() for _ in range(count)]:
             self.running[group.ticket.id] = group
             for sequence in group.sequences:
@@ -301,9 +306,9 @@ class Simulation:
         self.steps.append({"lengths": lengths, "stale": [self.version - group.ticket.version for group in batch]})
         if self.scheduler.calls_back:
             self._call_back(set(self.running))
-            self.held = [*self.running.values()]
+            self.again += sum(one.generated for group in self.running.values() for one in group.sequences if one.turns)
+            self.held += self.running.values()
             self.running = {}
-            self.again += sum(one.generated for group in self.held for one in group.sequences if one.turns)
         seconds = self.machine.train_token * sum(lengths) / self.trainers + self.machine.train_step
         self.trainer_busy += seconds
         start = self.machine.switch if self.scheduler.together else 0.0

@@ -13,8 +13,8 @@ import math
 from typing import Literal, Protocol
 
 
-Order = Literal["wait", "drop", "fifo"]
-ORDERS: tuple[Order, ...] = ("fifo", "wait", "drop")
+Consumption = Literal["wait", "drop", "fifo"]
+CONSUMPTIONS: tuple[Consumption, ...] = ("fifo", "wait", "drop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class View:
     dispatched: int  # groups ever dispatched and not dropped, partial ones once
     running: tuple[Ticket, ...]  # in order of dispatch
     done: tuple[Ticket, ...]  # in order of completion
-    held: int = 0  # groups called back with partial rollouts, to be resumed before new ones are dispatched
+    held: int = 0  # groups called back with partial rollouts; whatever runs the scheduler resumes them after the step
 
 
 class Scheduler(Protocol):
@@ -60,7 +60,7 @@ class Scheduler(Protocol):
         """What to train on now; empty where there is not enough, or the trainer is not free."""
 
     def admit(self, view: View) -> int:
-        """How many new groups to dispatch now; those called back come first and do not count."""
+        """How many new groups to dispatch now; those called back come first, and do not count."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,8 @@ class Sync(Base):
     together = True
 
     def admit(self, view: View) -> int:
-        return self.groups if not (view.training or view.running or view.done) else 0
+        """A whole batch, or what stands in for groups that were dropped."""
+        return 0 if view.training else max(0, (view.version + 1) * self.groups - view.dispatched)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +120,8 @@ class April(Base):
         _require(self.over >= 1, "over", "at least 1", self.over)
 
     def admit(self, view: View) -> int:
-        if view.training or view.running or view.done:
-            return 0
-        return max(0, math.ceil(self.over * self.groups) - view.held)
+        under_way = len(view.running) + len(view.done) + view.held
+        return 0 if view.training else max(0, math.ceil(self.over * self.groups) - under_way)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,13 +138,13 @@ class Async(Base):
     """
 
     bound: int = 1
-    order: Order = "wait"
+    order: Consumption = "wait"
     drains: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.bound >= 0, "bound", "0 or more", self.bound)
-        _require(self.order in ORDERS, "order", f"one of {', '.join(ORDERS)}", self.order)
+        _require(self.order in CONSUMPTIONS, "order", f"one of {', '.join(CONSUMPTIONS)}", self.order)
 
     def expired(self, view: View) -> tuple[Ticket, ...]:
         if self.order != "drop":
@@ -159,36 +159,11 @@ class Async(Base):
         # What is left has to fit into the steps that it may still wait for, `groups` into each.
         fits = all(sum(one.version + self.bound <= view.version + steps for one in left) <= steps * self.groups
                    for steps in range(self.bound + 1))
-        return oldest if len(oldest) == self.groups and fits else ()
+        # Where nothing runs, waiting changes nothing: groups of a time when the bound was higher, say.
+        return oldest if len(oldest) == self.groups and (fits or not view.running) else ()
 
     def admit(self, view: View) -> int:
         return max(0, (self.bound + view.version + 1) * self.groups - view.dispatched)
-
-
-@dataclasses.dataclass(frozen=True)
-class Adaptive:
-    """A staleness bound that follows the trainer's idle share: no staler than throughput needs.
-
-    After every `window` steps it grows by one where the trainer waited for more than `high` of the time, and falls by
-    one where it waited for less than `low`.
-    """
-
-    bound: int = 1
-    most: int = 8
-    low: float = 0.02
-    high: float = 0.10
-    window: int = 4
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.bound <= self.most, "bound", f"0 to most = {self.most}", self.bound)
-        _require(0 <= self.low < self.high <= 1, "low", f"0 or more and below high = {self.high}", self.low)
-        _require(self.window >= 1, "window", "at least 1", self.window)
-
-    def after(self, waited: float, total: float) -> "Adaptive":
-        """The bound for the next window, from the seconds that the trainer waited in this one."""
-        share = waited / total if total > 0 else 0.0
-        step = 1 if share > self.high else -1 if share < self.low else 0
-        return dataclasses.replace(self, bound=min(max(self.bound + step, 0), self.most))
 
 
 def _require(holds: bool, field: str, expected: str, found: object) -> None:

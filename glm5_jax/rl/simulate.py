@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from glm5_jax.rl.modelled import Machine, Report, Simulation, Workload
-from glm5_jax.rl.schedule import ORDERS, April, Async, OneStepOff, Scheduler, Sync
+from glm5_jax.rl.schedule import CONSUMPTIONS, April, Async, OneStepOff, Scheduler, Sync
 
 WORKLOADS = {"math": Workload("math", 64, 4000, 0.9), "agent": Workload("agent", 32, 8000, 0.6, turns=12.0)}
 SHARES = (1 / 4, 3 / 8, 1 / 2)  # of the devices that generate, where both roles have their own
 WARM_UP = 10  # training steps
+PILOT_SEED = 2**32
 MODES: dict[str, Callable[[int], Scheduler]] = {
     "sync": Sync,
     "april 1.5": lambda groups: April(groups, 1.5),
@@ -31,7 +32,7 @@ MODES: dict[str, Callable[[int], Scheduler]] = {
     "one-step": OneStepOff,
     "drain 1": lambda groups: Async(groups, 1, "fifo", drains=True),
     **{f"async {bound} {order}": functools.partial(Async, bound=bound, order=order)
-       for bound in (1, 2, 4) for order in ORDERS},
+       for bound in (1, 2, 4) for order in CONSUMPTIONS},
 }
 
 
@@ -40,7 +41,7 @@ def measure(mode: str, workload: Workload, machine: Machine, *, steps: int = 60,
     """One report for each seed. Where generation and training have devices of their own, the best of `SHARES` by a
     pilot of `steps` * 2 / 3 steps."""
     scheduler = MODES[mode](workload.groups)
-    pilot = lambda share: Simulation(workload, machine, scheduler, share, -1).run(
+    pilot = lambda share: Simulation(workload, machine, scheduler, share, PILOT_SEED).run(
         max(warm_up + 1, 2 * steps // 3), warm_up).tokens_per_second
     share = 1.0 if scheduler.together else max(SHARES, key=pilot)
     return [Simulation(workload, machine, scheduler, share, seed).run(steps, warm_up) for seed in seeds]
@@ -48,9 +49,10 @@ def measure(mode: str, workload: Workload, machine: Machine, *, steps: int = 60,
 
 def table(workload: Workload, machine: Machine, modes: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
     """A row for each mode: means over seeds, speed over sync."""
-    base = statistics.mean(one.tokens_per_second for one in measure("sync", workload, machine, **options))
+    sync = measure("sync", workload, machine, **options)
+    base = statistics.mean(one.tokens_per_second for one in sync)
     for mode in modes:
-        reports = measure(mode, workload, machine, **options)
+        reports = sync if mode == "sync" else measure(mode, workload, machine, **options)
         row = {field.name: statistics.mean(getattr(one, field.name) for one in reports)
                for field in dataclasses.fields(Report)}
         ratios = [one.tokens_per_second / base for one in reports]
@@ -126,7 +128,10 @@ def machine_of(values: Sequence[str]) -> Machine:
             changes[name] = kinds[name](number)
         except ValueError:
             raise ValueError(f"{name}: expected {kinds[name].__name__}, found {number!r}") from None
-    return dataclasses.replace(Machine(), **changes)
+    machine = dataclasses.replace(Machine(), **changes)
+    if machine.devices < 2 or machine.slots < 1:
+        raise ValueError(f"expected at least 2 devices and 1 slot, found {machine.devices} and {machine.slots}")
+    return machine
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def test_a_partial_rollout_comes_back_with_every_token_and_goes_on(ledger):
     partial = rollout("a-0", "aborted", tokens=5)
     ledger.record("a", partial)
     assert ledger.trajectories("a") == (partial,)
+    with pytest.raises(LedgerError, match="expected what is recorded of it, 5 sampled tokens, and more; found 3"):
+        ledger.record("a", rollout("a-0", "aborted", tokens=3))
     longer = rollout("a-0", "done", tokens=9)
     ledger.record("a", rollout("a-1"))
     ledger.record("a", longer)
@@ -90,6 +92,70 @@ def test_a_batch_is_consumed_whole_or_not_at_all(ledger):
     with pytest.raises(LedgerError, match="found one that step 2 consumed"):
         ledger.consume(2, [second, second])
     assert ledger.in_flight() == [order("b")]
+
+
+def test_partial_and_missing_rollouts_are_no_batch(ledger):
+    ledger.dispatch(order("a", 2))
+    ledger.record("a", rollout("a-0"))
+    one = ledger.trajectories("a")
+    with pytest.raises(LedgerError, match="group 'a': expected 2 rollouts that have ended, found 1"):
+        ledger.consume(1, [Group("a", 2, one, repeats=[0])])
+    ledger.record("a", rollout("a-1", "aborted"))
+    with pytest.raises(LedgerError, match=r"found 2, of which these are partial: \['a-1'\]"):
+        ledger.consume(1, [Group("a", 2, ledger.trajectories("a"), repeats=[0])])
+
+
+def test_a_step_has_one_batch(ledger):
+    first, second = complete(ledger, "a"), complete(ledger, "b")
+    ledger.consume(1, [first])
+    with pytest.raises(LedgerError, match="step 1: expected one without a batch"):
+        ledger.consume(1, [second])
+    ledger.rewind(0)
+    ledger.consume(1, [second])
+    assert ledger.batch(1) == [second]
+
+
+def test_lost_policies_are_not_served_again(ledger):
+    for number, step in ((0, 0), (1, 4), (2, 8)):
+        ledger.push(PolicyVersion(number, step))
+    ledger.rewind(4)
+    assert ledger.policy() == PolicyVersion(1, 4)
+    with pytest.raises(LedgerError, match="policy 2: expected a number above 2"):
+        ledger.push(PolicyVersion(2, 8))
+    ledger.push(PolicyVersion(3, 8))
+    assert ledger.policy() == PolicyVersion(3, 8)
+
+
+def test_a_full_disk_loses_nothing_that_was_written(ledger):
+    complete(ledger, "a")
+    ledger._connection.execute("PRAGMA max_page_count = 1")  # as many as there are
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        for number in range(1000):
+            complete(ledger, f"b{number}")
+    ledger._connection.execute("PRAGMA max_page_count = 100000")
+    before = ledger.balance().dispatched
+    complete(ledger, "c")
+    assert ledger.balance().dispatched == before + 1
+
+
+MAKER = """
+import sys
+from glm5_jax.rl.ledger import Ledger
+sys.stdin.readline()
+for number in range(20):
+    Ledger(f"{sys.argv[1]}-{number}").close()
+"""
+
+
+def test_processes_that_make_one_file_at_once(tmp_path):
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    started = [subprocess.Popen([sys.executable, "-c", MAKER, str(tmp_path / "ledger")], cwd=root, text=True,
+                                stdin=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    for process in started:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    ended = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], ended
 
 
 def test_drops_are_counted_by_reason(ledger):
@@ -138,11 +204,14 @@ def test_what_would_break_the_books_is_refused(ledger, wrong, message):
 
 
 def test_rows_are_only_ever_added(ledger):
-    complete(ledger, "a")
+    ledger.consume(1, [complete(ledger, "a")])
+    ledger.push(PolicyVersion(0, 0))
+    ledger.rewind(0)
     with sqlite3.connect(ledger.path) as raw:
-        for statement in ("DELETE FROM groups", "UPDATE rollouts SET trajectory = ''"):
-            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
-                raw.execute(statement)
+        for table in ("groups", "rollouts", "ends", "rewinds", "policies"):
+            for statement in (f"DELETE FROM {table}", f"UPDATE {table} SET number = number + 1"):
+                with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                    raw.execute(statement)
     raw.close()
 
 
@@ -200,9 +269,9 @@ def test_threads_consume_every_group_once(tmp_path):
 
         def work(step: int) -> None:
             with Ledger(path) as own:
-                for group in groups:
+                for number, group in enumerate(groups):
                     try:
-                        own.consume(step, [group])
+                        own.consume(100 * step + number, [group])
                         wins.append(group.id)
                     except LedgerError:
                         pass
@@ -301,7 +370,7 @@ def test_a_migration_that_fails_changes_nothing(tmp_path, monkeypatch):
     broken = "CREATE TABLE more (x INTEGER);\nCREATE TABLE groups (x INTEGER);\n"
     with monkeypatch.context() as patch:
         patch.setattr("glm5_jax.rl.ledger.MIGRATIONS", (*MIGRATIONS, broken))
-        with pytest.raises(LedgerError, match="already exists"):
+        with pytest.raises(sqlite3.OperationalError, match="already exists"):
             Ledger(path)
     with Ledger(path) as ledger:
         assert ledger.trajectories("a") == group.trajectories
