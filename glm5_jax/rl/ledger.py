@@ -15,6 +15,7 @@ import dataclasses
 import pathlib
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -83,8 +84,9 @@ class Ledger:
         self._connection = sqlite3.connect(self.path, timeout=PATIENCE_S, isolation_level=None, check_same_thread=False)
         try:
             self._check_schema(self._connection)  # before a setting could touch what is somebody else's
-            for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            for setting in ("synchronous = FULL", "foreign_keys = ON"):
                 self._connection.execute(f"PRAGMA {setting}")
+            self._log_ahead()
             self._migrate()
         except BaseException as error:
             self._connection.close()
@@ -259,6 +261,18 @@ class Ledger:
             finally:
                 if self._connection.in_transaction:  # a full disk has rolled back already
                     self._connection.execute("ROLLBACK")
+
+    def _log_ahead(self) -> None:
+        """WAL mode. To change the mode SQLite does not wait for others that are opening the file: it is tried again."""
+        give_up = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > give_up:
+                    raise
+            time.sleep(0.01)
 
     def _check_schema(self, db: sqlite3.Connection) -> int:
         """The number of the file's schema, 0 for an empty file."""

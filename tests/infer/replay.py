@@ -16,6 +16,7 @@ from tests.model.reference import MICRO, random_params
 CONFIG = MICRO.replace(vocab_size=16, num_hidden_layers=2, mlp_layer_types=("sparse", "sparse"),
                        indexer_types=("full", "full"))
 MAX_LEN, ROWS, MODELS = 24, 32, 5
+NEAR = 1e-5  # differences that rounding may turn
 
 
 def params(version: int = 0) -> Any:
@@ -55,37 +56,56 @@ def cut(log_p: np.ndarray, top_p: float, top_k: int) -> np.ndarray:
     return out
 
 
-def logits_of(weights: Any, rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Logits [rows, MAX_LEN, V] of whole sequences."""
-    found = []
+def logits_of(weights: Any, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [rows, MAX_LEN, V] of whole sequences, and where rounding may decide which keys are selected [rows,
+    MAX_LEN]: in some layer the last selected score and the first left out are nearer than NEAR."""
+    found, close = [], []
     for start in range(0, len(rows), ROWS):
         tokens = np.zeros((ROWS, MAX_LEN), np.int32)
         for row, ids in zip(tokens, rows[start:start + ROWS]):
             row[:len(ids)] = ids
-        found.append(np.asarray(glm5.forward(weights, CONFIG, tokens).logits))
-    return np.concatenate(found)[:len(rows)]
+        out = glm5.forward(weights, CONFIG, tokens, collect=("index_scores",))
+        found.append(np.asarray(out.logits))
+        ranked = [np.sort(np.asarray(scores), -1)[..., ::-1] for scores in out.collected.values()]
+        last, first_out = (np.stack([x[..., CONFIG.index_topk - 1 + i] for x in ranked]) for i in (0, 1))
+        gaps = np.where(np.isneginf(first_out), np.inf, last - np.where(np.isneginf(first_out), 0, first_out))
+        close.append(((gaps < NEAR) & (gaps > 0)).any(0))
+    return np.concatenate(found)[:len(rows)], np.concatenate(close)[:len(rows)]
 
 
 def assert_replays(asked: Sequence[tuple[Sequence[int], Any]], answered: Sequence[Any]) -> None:
     """Every token of every completion is the one that its stamped weights draw after all ids before it.
 
-    `asked` are pairs of ids and sampling, `answered` the records `Result` in the same order.
+    `asked` are pairs of ids and sampling, `answered` the records `Result` in the same order. Where rounding may decide,
+    between two tokens or between two keys of an indexer, a completion is followed no further; that is to be rare.
     """
+    followed = dropped = 0
     rows = [(*ids, *result.completion.ids) for (ids, _), result in zip(asked, answered)]
     numbers = {version % MODELS for result in answered for version in result.completion.versions}
-    logits = {number: logits_of(model(number), rows) for number in sorted(numbers)}
+    logits, close = {}, {}
+    for number in sorted(numbers):
+        logits[number], close[number] = logits_of(model(number), rows)
     for i, ((ids, sampling), result) in enumerate(zip(asked, answered)):
         done = result.completion
         for n, (token, version) in enumerate(zip(done.ids, done.versions)):
-            plain = log_softmax(logits[version % MODELS][i, len(ids) + n - 1])
+            place = len(ids) + n - 1
+            plain = log_softmax(logits[version % MODELS][i, place])
+            if close[version % MODELS][i, :place + 1].any():
+                dropped += 1
+                break
             if sampling.temperature == 0:
                 log_p, expected = plain, int(plain.argmax())
             else:
                 log_p = cut(log_softmax(plain / sampling.temperature), sampling.top_p, sampling.top_k)
-                expected = int((log_p + gumbels(sampling.seed)[n]).argmax())
+                scores = log_p + gumbels(sampling.seed)[n]
+                expected = int(scores.argmax())
+                if scores[expected] - scores[token] < NEAR:
+                    expected = token
             assert token == expected, (ids, sampling, done, n)
             np.testing.assert_allclose(done.logprobs[n], log_p[token], atol=1e-5)
             np.testing.assert_allclose(result.model_logprobs[n], plain[token], atol=1e-5)
+            followed += 1
+    assert dropped <= 1 + len(rows) // 10 and followed > 0
 
 
 def assert_ended(sampling: Any, completion: Any) -> None:

@@ -144,7 +144,8 @@ def test_any_schedule_with_kept_caches(seed):
             key = (*asked.ids, asked.sampling, done.versions)
             if key not in alone:
                 alone[key] = run_alone(asked, done.versions)
-            assert (done.ids, done.logprobs) == (alone[key].ids, alone[key].logprobs)
+            assert done.ids == alone[key].ids
+            np.testing.assert_allclose(done.logprobs, alone[key].logprobs, atol=1e-5)
     assert len(alone) > 50
 
 
