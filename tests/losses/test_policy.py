@@ -127,7 +127,8 @@ def test_12_without_an_engine_the_old_policy_sampled():
     of_engine, of_old = changed(arrays, logp_behaviour=arrays["logp_old"]), dict(arrays)
     del of_old["logp_behaviour"]
     assert_same(run("double_sided_is", of_old), run("double_sided_is", of_engine))
-    assert (run("double_sided_is", of_old)[1] == 0).any() and run("double_sided_is", of_old)[0] != 0
+    matters = arrays["mask"] & (arrays["advantage"] != 0)
+    assert (run("double_sided_is", of_old)[1][matters] == 0).any() and run("double_sided_is", of_old)[0] != 0
 
 
 def test_12_the_band_is_open():
@@ -161,7 +162,8 @@ def test_13_beta_1_keeps_exact_matches_alone():
     arrays = changed(arrays, logp_behaviour=behaviour)
     gradient, plain = run("icepop", arrays, beta=1.0)[1], run("grpo", arrays)[1]
     assert (plain != 0)[~matched].any()
-    np.testing.assert_array_equal(gradient, np.where(matched, plain, 0))
+    assert not gradient[~matched].any()
+    np.testing.assert_allclose(gradient[matched], plain[matched], rtol=1e-9)
 
 
 @few
@@ -323,8 +325,8 @@ def test_17_first_step_after_a_push(name):
     arrays = reference.batch(4, spread=0.0)
     _, gradient, metrics = run(name, arrays)
     assert metrics["ppo_kl"] == 0 and metrics["clip/low"] == 0 and metrics["clip/high"] == 0
-    assert metrics["ratio/mean"] == metrics["ratio/max"] == metrics["weight/mean"] == metrics["weight/effective"] == 1
-    assert metrics["mismatch/pearson"] == pytest.approx(1)
+    for name in ("ratio/mean", "ratio/max", "weight/mean", "weight/effective", "mismatch/pearson"):
+        assert metrics[name] == pytest.approx(1), name
     assert metrics["mismatch/log_max"] == metrics["mismatch/chi_square"] == 0
     assert gradient.any()
 
@@ -399,4 +401,4 @@ def test_an_algorithm_is_its_specification():
     arrays = reference.batch(9)
     spec = compose.Spec(compose.clipped(0.2, 0.28), weight=compose.band(0.5, 2.0))
     logp = arrays.pop("logp")
-    assert float(compose.loss(spec, logp, **arrays)[0]) == float(losses.icepop(logp, **arrays)[0])
+    assert float(compose.loss(spec, logp, **arrays)[0]) == pytest.approx(float(losses.icepop(logp, **arrays)[0]))
