@@ -5,7 +5,7 @@
 Two CPU cores: about three minutes. Memory is that of the compiled gradient's temporaries, beside arguments and
 results, at the released width and vocabulary; nothing of it is run. Its floor is one gradient of the head, which a CPU
 keeps beside the sum of all. Time is the ratio to the loss in one piece at a smaller width, run in turn; by the products
-alone, four instead of three, it would be 1.33. Seen: 5.6 to 4.5 GiB instead of 18.9, in 0.71 to 0.77 of the time,
+alone, four instead of three, it would be 1.33. Seen: 5.5 to 4.4 GiB instead of 18.9, in 0.71 to 0.77 of the time,
 because blocks of logits stay nearer the cache. Writes benchmarks/results/chunked_loss-<date>-<device>.json.
 """
 

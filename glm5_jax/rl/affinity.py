@@ -40,7 +40,8 @@ class Affinity:
 
     def release(self, session: str) -> None:
         """Forgets a session that has ended; one that is unknown is no error."""
-        if engine := self._engine_of.pop(session, None):
+        engine = self._engine_of.pop(session, None)
+        if engine is not None:
             self._sessions[engine].remove(session)
 
     def add(self, engine: str) -> None:

@@ -18,9 +18,10 @@ class Refused:
 def settle(group: str, size: int, trajectories: Sequence[Trajectory]) -> Group | Refused:
     """What becomes of a group whose rollouts have all ended.
 
-    Failed rollouts are left out, with their reasons on record, and move nobody's advantage. Where more than half of
-    `size` are complete, they are repeated in turn until the group is full; else the group is refused. GLM-5 report,
-    section 4.1. Raises ValueError for rollouts that have not all ended, or are not `size` many.
+    Failed rollouts are left out, with their reasons on record. Where more than half of `size` are complete, they are
+    repeated in turn until the group is full; else the group is refused. GLM-5 report, section 4.1. Take advantages over
+    the complete trajectories, not over `members`, and hand a repeat its own: then no failure moves anybody's. Raises
+    ValueError for rollouts that have not all ended, or are not `size` many.
     """
     unfinished = [one.id for one in trajectories if not one.end.complete and one.failure is None]
     if len(trajectories) != size or unfinished:

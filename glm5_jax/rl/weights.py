@@ -6,7 +6,6 @@ serves exactly that policy; one that was half written, or changed on the way, is
 """
 
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -31,7 +30,7 @@ class WeightsError(RuntimeError):
 
 def publish(folder: str | os.PathLike[str], params: Any, *, number: int, step: int) -> PolicyVersion:
     """Writes the parameters as policy `number`, after `step` optimiser steps. Raises ValueError for a number that does
-    not exceed all that are there."""
+    not exceed all that are there. Every shard has to be on devices of this process."""
     newest = numbers(folder)[-1:]
     if newest and number <= newest[0]:
         raise ValueError(f"number: expected above {newest[0]}, the newest policy in {folder}, found {number}")
@@ -48,14 +47,18 @@ def publish(folder: str | os.PathLike[str], params: Any, *, number: int, step: i
         tensors = [Tensor(name, np.dtype(leaf.dtype), leaf.shape) for name, leaf in named]
         safetensors_io.write(directory, tensors, values())
         policy = PolicyVersion(number, step, digest.hexdigest())
-        (directory / RECORD).write_text(to_json(policy) + "\n", encoding="utf-8")
+        with open(directory / RECORD, "w", encoding="utf-8") as record:
+            record.write(to_json(policy) + "\n")
+            record.flush()
+            os.fsync(record.fileno())
     return policy
 
 
 def numbers(folder: str | os.PathLike[str]) -> list[int]:
     """The policies of a folder, oldest first; none where there is no folder."""
     folder = pathlib.Path(folder)
-    found = [re.fullmatch(r"policy-(\d{8,})", path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    there = folder.glob("policy-*/" + RECORD) if folder.is_dir() else ()
+    found = [re.fullmatch(r"policy-(\d{8,})", path.parent.name) for path in there]
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -76,7 +79,7 @@ def fetch(folder: str | os.PathLike[str], number: int, like: Any) -> tuple[Polic
             raise WeightsError(f"{directory}: {name}: expected {wanted.get(name, 'no such tensor')}, found "
                                f"{reader.tensors.get(name, 'none')}")
         arrays = {name: np.array(reader.read(name)) for name in wanted}
-    except (OSError, ValueError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise WeightsError(f"{directory}: expected a whole policy, found one that cannot be read: {error}") from error
     digest = hashlib.sha256()
     for name, array in arrays.items():
@@ -85,7 +88,7 @@ def fetch(folder: str | os.PathLike[str], number: int, like: Any) -> tuple[Polic
     if (policy.number, policy.checksum) != (number, found):
         raise WeightsError(f"{directory}: expected policy {number} with checksum {policy.checksum}, found "
                            f"{policy.number} with {found if policy.number == number else 'another record'}")
-    return policy, jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
+    return policy, jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name, _ in _leaves(like)])
 
 
 def prune(folder: str | os.PathLike[str], *, keep: int) -> list[int]:
@@ -105,6 +108,11 @@ def _directory(folder: str | os.PathLike[str], number: int) -> pathlib.Path:
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
+    """By name, whatever containers the tree is made of."""
+    return sorted(_leaves(tree), key=lambda named: named[0])
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
