@@ -61,6 +61,7 @@ class _Slot:
     request: _Request | None = None
     session: Hashable | None = None
     left_at: int = 0
+    spoiled: bool = False
 
     @property
     def ready(self) -> bool:
@@ -183,6 +184,8 @@ class Engine:
             return False
         self._admit()
         for index, slot in enumerate(self._slots):
+            if slot.spoiled and slot.request is not None:
+                self._cache, slot.spoiled = device.cleared(self._cache, np.int32(index)), False
             if slot.request is not None and not slot.ready:
                 self._feed(index, slot)
         if any(slot.ready for slot in self._slots):
@@ -290,6 +293,7 @@ class Engine:
     def _append(self, slot: _Slot, request: _Request, new: np.ndarray, logprobs: np.ndarray,
                 model_logprobs: np.ndarray) -> None:
         if not np.isfinite(logprobs).all():
+            slot.held, slot.session, slot.spoiled = 0, None, True  # the row holds NaN: it is made anew from the ids
             raise FloatingPointError(f"request {request.id}: expected finite log-probs, found {logprobs.min()} under "
                                      f"version {self.version} of the weights; abort it or push other weights")
         slot.ids[slot.length:slot.length + len(new)] = new

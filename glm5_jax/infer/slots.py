@@ -66,7 +66,7 @@ def adapted(config: ModelConfig, drafts: int) -> ModelConfig:
     if not 0 <= drafts <= most:
         raise ValueError(f"drafts: expected 0 to {most} (config.mtp_unroll, where there is an MTP layer), found "
                          f"{drafts}")
-    return config if drafts else config.replace(num_nextn_predict_layers=0)
+    return config.replace(mtp_unroll=drafts) if drafts else config.replace(num_nextn_predict_layers=0)
 
 
 def cache_bytes(config: ModelConfig, slots: int, max_len: int, drafts: int = 0) -> int:
@@ -83,6 +83,12 @@ def prefill(params: Any, config: ModelConfig, cache: Cache, slot: jax.Array, len
     one = take_row(cache, slot).replace(lengths_B=length[None])
     out = forward(params, config, tokens_C[None], segment_ids=real_1C, cache=one, mtp_steps=drafts)
     return put_row(cache, slot, cast(Cache, out.cache))
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def cleared(cache: Cache, slot: jax.Array) -> Cache:
+    """The cache with one row empty, not only cut back: where weights gave NaN it would stay, and 0 times NaN is NaN."""
+    return put_row(cache, slot, jax.tree.map(jnp.zeros_like, take_row(cache, slot)))
 
 
 class _Block(struct.PyTreeNode):

@@ -255,6 +255,17 @@ def test_weights_that_are_not_finite_are_reported():
     assert_replays([asked], [result])
 
 
+def test_a_slot_that_met_nan_is_made_anew():
+    one, asked = engine(slots=1), (IDS, Sampling(3, seed=1))
+    spoil = lambda x: x * jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else x
+    one._cache = jax.tree.map(spoil, one._cache)
+    number = one.submit(*asked, session="a")
+    with pytest.raises(FloatingPointError, match=f"request {number}: "):
+        finish(one)
+    assert_replays([asked], [finish(one)[number]])
+    assert_replays([asked], [finish_one(one, *asked, session="a")])
+
+
 def test_programs_are_compiled_once(caplog):
     """A thousand requests of every kind after the first one: no program is compiled."""
     one, rng = engine(), np.random.default_rng(7)
