@@ -32,12 +32,13 @@ import optax
 from glm5_jax.core.batch import Batch
 from glm5_jax.core.metrics import Mean
 from glm5_jax.data import packing, sources
-from glm5_jax.model import config as model_config, dsa, mla, stacks, transformer
+from glm5_jax.model import config as model_config, mla, stacks, transformer
 from glm5_jax.model.config import ModelConfig
 from glm5_jax.model.primitives import Params, rms_norm, rope_table
 from glm5_jax.optim import partition, schedules
 from glm5_jax.text.tokenizer import Tokenizer
 from glm5_jax.train import stages, state as train_state, step as train_step
+from pallas_kernels.lightning_indexer.reference import visible
 
 import record
 
@@ -101,7 +102,7 @@ def largest_logits(params: Params, config: ModelConfig, batch: Batch) -> jax.Arr
     hidden = transformer.forward(params, config, batch.tokens, positions=batch.positions,
                                  segment_ids=batch.segment_ids, attention="dense", collect=("hidden",)).collected
     rope = rope_table(batch.positions, config.qk_rope_head_dim, config.rope_theta)
-    mask_BTS = dsa.visible(batch.positions, batch.segment_ids, batch.positions, batch.segment_ids)
+    mask_BTS = visible(batch.positions, batch.positions, batch.segment_ids, batch.segment_ids)
     (run,), = stacks.plan(config.layer_kinds)  # the layers are all of one kind
     found = []
     for place, number in np.ndenumerate(run.layers):
