@@ -255,7 +255,7 @@ class Engine:
 
     def _empty_cache(self, slots: int) -> None:
         """Not only cut back: where the weights gave NaN, rows would keep it, and 0 times NaN is NaN."""
-        self._cache = None  # freed before the next one is made
+        self._cache: Any = None  # freed before the next one is made
         self._cache = jax.device_put(init_cache(self.config, slots, self.max_len), self._everywhere)
 
     @property
