@@ -120,6 +120,7 @@ class Engine:
         self._placement = jax.tree.map(lambda x: x.sharding, params)
         self._take_weights(params)
         self._drafts = jax.device_put(np.zeros((slots, drafts), np.int32), self._everywhere)
+        self._cache: Any = None
         self._empty_cache(slots)
         self._slots = [_Slot(np.zeros(max_len, np.int32)) for _ in range(slots)]
         self._waiting: collections.deque[_Request] = collections.deque()
@@ -185,7 +186,8 @@ class Engine:
         self._admit()
         for index, slot in enumerate(self._slots):
             if slot.spoiled and slot.request is not None:
-                self._cache, slot.spoiled = device.cleared(self._cache, np.int32(index)), False
+                self._cache = device.cleared(self._cache, np.int32(index))
+                slot.spoiled = False
             if slot.request is not None and not slot.ready:
                 self._feed(index, slot)
         if any(slot.ready for slot in self._slots):
@@ -255,7 +257,7 @@ class Engine:
 
     def _empty_cache(self, slots: int) -> None:
         """Not only cut back: where the weights gave NaN, rows would keep it, and 0 times NaN is NaN."""
-        self._cache: Any = None  # freed before the next one is made
+        self._cache = None  # freed before the next one is made
         self._cache = jax.device_put(init_cache(self.config, slots, self.max_len), self._everywhere)
 
     @property
