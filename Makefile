@@ -76,7 +76,7 @@ define install
 	@touch $(1)/.installed
 endef
 
-PACKAGES = '.[test,lint,viz]' $(PINS)
+PACKAGES = '.[test,lint,viz,serve,clients,ray]' $(PINS)
 PARITY_PACKAGES = '.[parity]'
 AOT_PACKAGES = '.[aot]' $(PINS)
 PARITY_FOUND = $(shell for python in $(PARITY_PYTHON) $(PYTHON); do \

@@ -24,7 +24,7 @@ from glm5_jax.records import Completion, StopReason
 STOP_IDS = 8  # per request
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Request:
     """One that waits or runs. `ids` are all that were sent; the last `drawn` of them an earlier run had sampled."""
 
@@ -199,22 +199,21 @@ class Engine:
         results, self._results = self._results, []
         return results
 
+    def progress(self, request: int) -> Result:
+        """What a request has drawn so far, as `abort` would return it; it goes on. Raises LookupError as `abort`."""
+        return self._find(request)[0].result(StopReason.ABORT)
+
     def abort(self, request: int) -> Result:
         """Calls a request back and returns what it has drawn; its cache stays with its session.
 
         Raises LookupError for one that neither waits nor runs.
         """
-        for slot in self._slots:
-            if slot.request is not None and slot.request.id == request:
-                found = slot.request
-                self._leave(slot)
-                return found.result(StopReason.ABORT)
-        for found in self._waiting:
-            if found.id == request:
-                self._waiting.remove(found)
-                return found.result(StopReason.ABORT)
-        state = "one that has ended" if request in range(self._submitted) else "one that was never submitted"
-        raise LookupError(f"abort: expected a request that waits or runs, found {request!r}, {state}")
+        found, slot = self._find(request)
+        if slot is None:
+            self._waiting.remove(found)
+        else:
+            self._leave(slot)
+        return found.result(StopReason.ABORT)
 
     def pause(self) -> None:
         """Holds everything where it is: `step` does nothing until `resume`. Requests can come and be aborted."""
@@ -310,6 +309,17 @@ class Engine:
         if stopped or request.left == 0:
             self._leave(slot)
             self._results.append(request.result(StopReason.STOP if stopped else StopReason.LENGTH))
+
+    def _find(self, request: int) -> tuple[_Request, _Slot | None]:
+        """A request that waits or runs, and the slot it runs in."""
+        for slot in self._slots:
+            if slot.request is not None and slot.request.id == request:
+                return slot.request, slot
+        for waiting in self._waiting:
+            if waiting.id == request:
+                return waiting, None
+        state = "one that has ended" if request in range(self._submitted) else "one that was never submitted"
+        raise LookupError(f"request: expected one that waits or runs, found {request!r}, {state}")
 
     def _leave(self, slot: _Slot) -> None:
         self._time += 1

@@ -89,7 +89,9 @@ def test_abort_and_resume_equals_the_uninterrupted_run(session):
         number = one.submit(IDS, sampling, session=session)
         for _ in range(steps):
             one.step()
+        so_far = one.progress(number)
         partial = one.abort(number).completion
+        assert so_far.completion == partial
         assert partial.stop == "abort" and len(partial.ids) == max(steps - 2, 0)
         rest = finish_one(one, [*IDS, *partial.ids], sampling, session=session, drawn=len(partial.ids))
         assert rest.reused == (0 if session is None else min(4 * steps, 10) + max(steps - 2, 0))
@@ -116,8 +118,9 @@ def test_abort_of_no_such_request():
     number = one.submit(IDS, Sampling(1))
     finish(one)
     for request, state in ((number, "has ended"), (number + 1, "never submitted"), (-1, "never submitted")):
-        with pytest.raises(LookupError, match=f"found {request}, .*{state}"):
-            one.abort(request)
+        for look in (one.abort, one.progress):
+            with pytest.raises(LookupError, match=f"found {request}, .*{state}"):
+                look(request)
 
 
 def test_a_conversation_is_fed_once():
