@@ -2,7 +2,7 @@
 
 import bisect
 import functools
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import grain
 import jax
@@ -47,16 +47,17 @@ def pack(token_docs: Sequence[np.ndarray], length: int, *, loss_weights: Sequenc
     starts = np.unique(np.concatenate([np.cumsum(sizes) - sizes, borders, [0]]))
     pieces = np.diff(starts, append=count)
     cells = (starts - offset) % count
-    return _lay_out(token_docs, sizes, loss_weights, starts, pieces, cells, length)
+    return _lay_out(token_docs, sizes, loss_weights, starts, pieces, cells, length, {})
 
 
-def pack_best_fit(token_docs: Sequence[np.ndarray], length: int, *,
-                  loss_weights: Sequence[np.ndarray] | None = None) -> Rows:
+def pack_best_fit(token_docs: Sequence[np.ndarray], length: int, *, loss_weights: Sequence[np.ndarray] | None = None,
+                  streams: Mapping[str, Sequence[np.ndarray]] | None = None) -> Rows:
     """Rows of `length` tokens with every document in one piece where it fits: best-fit decreasing.
 
     A document longer than a row is cut into full rows and a rest, and no token is lost. From the longest to the
     shortest, a piece goes to the row with the least room that still holds it; what stays free is padding. Fields,
-    `loss_weights` and errors as in `pack`.
+    `loss_weights` and errors as in `pack`. `streams` hold more values of each token, in the form of `loss_weights`;
+    they come to stand where the token is predicted, as `Batch.streams`.
     """
     sizes = _sizes(token_docs, length)
     counts = -(-sizes // length)
@@ -78,7 +79,7 @@ def pack_best_fit(token_docs: Sequence[np.ndarray], length: int, *,
         cells[piece] = row * length + length - room
         if room > size:
             bisect.insort(open_rows, (room - size, row))
-    return _lay_out(token_docs, sizes, loss_weights, starts, pieces, cells, length)
+    return _lay_out(token_docs, sizes, loss_weights, starts, pieces, cells, length, streams or {})
 
 
 def fill(rows: Rows) -> float:
@@ -98,24 +99,26 @@ def _sizes(token_docs: Sequence[np.ndarray], length: int) -> np.ndarray:
     return sizes
 
 
-def _loss_weights(loss_weights: Sequence[np.ndarray] | None, sizes: np.ndarray) -> np.ndarray:
-    """One weight per token of all documents, laid end to end."""
-    if loss_weights is None:
+def _of_tokens(name: str, values: Sequence[np.ndarray] | None, sizes: np.ndarray) -> np.ndarray:
+    """One value per token of all documents, laid end to end, float32; 1 where there are none."""
+    if values is None:
         return np.ones(sizes.sum(), np.float32)
-    if len(loss_weights) != len(sizes):
-        raise ValueError(f"loss_weights: expected one array per document, {len(sizes)}, found {len(loss_weights)}")
-    for number, (weights, size) in enumerate(zip(loss_weights, sizes)):
-        if np.shape(weights) != (size,):
-            raise ValueError(f"loss_weights[{number}]: expected one weight per token, shape ({size},), "
-                             f"found {np.shape(weights)}")
-    return np.concatenate(loss_weights).astype(np.float32)
+    if len(values) != len(sizes):
+        raise ValueError(f"{name}: expected one array per document, {len(sizes)}, found {len(values)}")
+    for number, (found, size) in enumerate(zip(values, sizes)):
+        if np.shape(found) != (size,):
+            raise ValueError(f"{name}[{number}]: expected one value per token, shape ({size},), "
+                             f"found {np.shape(found)}")
+    return np.concatenate(values).astype(np.float32)
 
 
 def _lay_out(token_docs: Sequence[np.ndarray], sizes: np.ndarray, loss_weights: Sequence[np.ndarray] | None,
-             starts: np.ndarray, pieces: np.ndarray, cells: np.ndarray, length: int) -> Rows:
+             starts: np.ndarray, pieces: np.ndarray, cells: np.ndarray, length: int,
+             streams: Mapping[str, Sequence[np.ndarray]]) -> Rows:
     """Rows in which piece i, `pieces[i]` tokens from `starts[i]` of the documents laid end to end, begins at cell
     `cells[i]` of the rows laid end to end. Every token is in one piece, and no piece crosses the end of a row."""
-    weights = _loss_weights(loss_weights, sizes)
+    weights = _of_tokens("loss_weights", loss_weights, sizes)
+    others = {name: _of_tokens(f"streams[{name!r}]", values, sizes) for name, values in streams.items()}
     order = np.argsort(cells)
     starts, pieces, cells = starts[order], pieces[order], cells[order]
     row = cells // length
@@ -133,12 +136,17 @@ def _lay_out(token_docs: Sequence[np.ndarray], sizes: np.ndarray, loss_weights: 
         laid[target_cell] = values
         return laid.reshape(-1, length)
 
+    def predicted(values: np.ndarray, dtype: type) -> Any:
+        """What belongs to a token, at the position that predicts it."""
+        return rows(np.where(has_target, np.roll(values, -1), 0)[source], dtype)
+
     return Rows(
         tokens=rows(tokens[source], np.int32),
-        targets=rows(np.where(has_target, np.roll(tokens, -1), 0)[source], np.int32),
-        weights=rows(np.where(has_target, np.roll(weights, -1), 0)[source], np.float32),
+        targets=predicted(tokens, np.int32),
+        weights=predicted(weights, np.float32),
         segment_ids=rows(np.repeat(segment, pieces), np.int32),
         positions=rows(position, np.int32),
+        streams={name: predicted(values, np.float32) for name, values in others.items()},
     )
 
 

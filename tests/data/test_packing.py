@@ -186,6 +186,15 @@ def test_loss_weights_follow_the_token_they_are_of(pack):
     assert rows.weights.dtype == np.float32
 
 
+def test_streams_stand_where_their_token_is_predicted():
+    token_docs = numbered([3, 2, 4])
+    rows = packing.pack_best_fit(token_docs, 6, streams={"tenth": [tokens / 10 for tokens in token_docs]})
+    np.testing.assert_array_equal(rows.streams["tenth"], (rows.targets / 10).astype(np.float32))
+    assert rows.streams["tenth"].dtype == np.float32 and rows.streams["tenth"].any()
+    with pytest.raises(ValueError, match=r"streams\['tenth'\]\[0\]: expected one value .* shape \(3,\), found \(1,\)"):
+        packing.pack_best_fit(token_docs, 6, streams={"tenth": [tokens[:1] for tokens in token_docs]})
+
+
 def test_loss_weights_that_do_not_fit_are_an_error():
     with pytest.raises(ValueError, match="expected one array per document, 2, found 1"):
         packing.pack(numbered([2, 3]), 4, loss_weights=[np.ones(2)])
