@@ -83,28 +83,37 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     `skipped/<reason>` as a share of the steps, and `skipped_in_row`.
     """
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        tokens_seen = as_float(state.stage_tokens)
-        loss, metrics, loads, grads = _gradients(state.params, config, options, batch,
-                                                 schedules.at(options.mtp_weight, tokens_seen))
-        grads, norm = clip(grads, options.max_grad_norm)
-        reasons = guard.judge(state.guard, loss, norm, metrics["index_nan"].total, options.norm_ratio)
-        taken = ~jnp.any(jnp.stack(list(reasons.values())))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, tokens_seen=tokens_seen)
-        params = optax.apply_updates(state.params, updates)
-        params = balance(params, config, loads, schedules.at(options.router_bias_rate, tokens_seen))
-        params, opt_state = jax.tree.map(lambda new, old: jnp.where(taken, new, old), (params, opt_state),
-                                         (state.params, state.opt_state))
-        watch = guard.after(state.guard, norm, taken)
+        mtp_weight = schedules.at(options.mtp_weight, as_float(state.stage_tokens))
+        loss, metrics, loads, grads = _gradients(state.params, config, options, batch, mtp_weight)
         tokens = jnp.sum(batch.segment_ids != 0, dtype=jnp.int32)
-        metrics |= {"grad_norm": Mean.of(norm), "tokens": Mean.of(tokens), "skipped_in_row": Mean.of(watch.in_row),
-                    **{f"skipped/{reason}": Mean.of(found) for reason, found in reasons.items()}}
-        load_LE = loads["expert_load"].astype(jnp.float32)
-        if load_LE.size:
-            metrics["expert_load"] = Mean.of(load_LE.max(-1) / jnp.maximum(load_LE.mean(-1), 1e-30))
-        return TrainState(state.step + 1, params, opt_state, add_tokens(state.tokens_seen, tokens),
-                          add_tokens(state.stage_tokens, tokens), watch), metrics
+        state, taken = take(state, config, optimizer, options, grads, loss, metrics["index_nan"].total, loads, tokens)
+        return state, metrics | taken
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def take(state: TrainState, config: ModelConfig, optimizer: optax.GradientTransformationExtraArgs, options: Options,
+         grads: Any, loss: jax.Array, index_nan: jax.Array, loads: dict[str, jax.Array], tokens: jax.Array
+         ) -> tuple[TrainState, Metrics]:
+    """The state after a step down a gradient, unless the guard skips it; `grad_norm`, `expert_load`, `tokens` and what
+    was skipped, as `make_train_step` gives them."""
+    tokens_seen = as_float(state.stage_tokens)
+    grads, norm = clip(grads, options.max_grad_norm)
+    reasons = guard.judge(state.guard, loss, norm, index_nan, options.norm_ratio)
+    taken = ~jnp.any(jnp.stack(list(reasons.values())))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, tokens_seen=tokens_seen)
+    params = optax.apply_updates(state.params, updates)
+    params = balance(params, config, loads, schedules.at(options.router_bias_rate, tokens_seen))
+    params, opt_state = jax.tree.map(lambda new, old: jnp.where(taken, new, old), (params, opt_state),
+                                     (state.params, state.opt_state))
+    watch = guard.after(state.guard, norm, taken)
+    metrics = {"grad_norm": Mean.of(norm), "tokens": Mean.of(tokens), "skipped_in_row": Mean.of(watch.in_row),
+               **{f"skipped/{reason}": Mean.of(found) for reason, found in reasons.items()}}
+    load_LE = loads["expert_load"].astype(jnp.float32)
+    if load_LE.size:
+        metrics["expert_load"] = Mean.of(load_LE.max(-1) / jnp.maximum(load_LE.mean(-1), 1e-30))
+    return TrainState(state.step + 1, params, opt_state, add_tokens(state.tokens_seen, tokens),
+                      add_tokens(state.stage_tokens, tokens), watch), metrics
 
 
 def _gradients(params: Any, config: ModelConfig, options: Options, batch: Batch, mtp_weight: jax.Array
@@ -136,7 +145,7 @@ def make_eval_step(config: ModelConfig, loss_chunk: int = 0, attention: Literal[
     def eval_step(params: Any, batch: Batch) -> Mean:
         output = transformer.forward(params, config, batch.tokens, positions=batch.positions,
                                      segment_ids=batch.segment_ids, attention=attention)
-        nats, _ = _cross_entropy(params, config, output.hidden, batch.targets, loss_chunk)
+        nats, _ = cross_entropy(params, config, output.hidden, batch.targets, loss_chunk)
         return Mean.of(nats, batch.weights)
 
     return jax.jit(eval_step)
@@ -168,8 +177,8 @@ def _moved(layer: Any, load_E: jax.Array, rate: float | jax.Array) -> Any:
     return {**layer, "moe": {**layer["moe"], "router_bias": bias}}
 
 
-def _cross_entropy(params: Any, config: ModelConfig, hidden: jax.Array, targets: jax.Array, chunk: int
-                   ) -> tuple[jax.Array, jax.Array]:
+def cross_entropy(params: Any, config: ModelConfig, hidden: jax.Array, targets: jax.Array, chunk: int
+                  ) -> tuple[jax.Array, jax.Array]:
     """Nats and log-normalisers by the model's output head."""
     tied = config.tie_word_embeddings
     with jax.named_scope("unembed"):
@@ -185,7 +194,7 @@ def _predictions(batch: Batch, options: Options) -> tuple[jax.Array, jax.Array]:
     return targets, weights
 
 
-def _detached(params: Any, config: ModelConfig, options: Options) -> Any:
+def detached(params: Any, config: ModelConfig, options: Options) -> Any:
     """The parameters, those without gradient detached: what would only be made for them is then not computed."""
     groups = partition.groups(transformer.param_specs(config), optimizer="adamw", frozen=options.frozen,
                               trainable=options.trainable)
@@ -208,7 +217,7 @@ def _counts(batch: Batch, options: Options) -> Counts:
 def _objective(params: Any, config: ModelConfig, options: Options, batch: Batch, counts: Counts,
                mtp_weight: jax.Array) -> tuple[jax.Array, tuple[Metrics, dict[str, jax.Array]]]:
     """The part of the loss that a micro-batch adds, by the `counts` of the whole; all that is returned adds up."""
-    steps, params = options.mtp_steps, _detached(params, config, options)
+    steps, params = options.mtp_steps, detached(params, config, options)
     part = lambda x: Mean(jnp.asarray(x, jnp.float32), jnp.float32(1 / options.micro_batches))
     output = transformer.forward(params, config, batch.tokens, positions=batch.positions,
                                  segment_ids=batch.segment_ids, mtp_steps=steps, attention=options.attention,
@@ -217,7 +226,7 @@ def _objective(params: Any, config: ModelConfig, options: Options, batch: Batch,
     hidden = output.hidden[None] if output.mtp_hidden is None else jnp.concatenate([output.hidden[None],
                                                                                     output.mtp_hidden])
     targets, weights = _predictions(batch, options)
-    nats, log_z = _cross_entropy(params, config, hidden, targets, options.loss_chunk)
+    nats, log_z = cross_entropy(params, config, hidden, targets, options.loss_chunk)
     sums = masked.masked_sum(nats, weights, axis=(1, 2))
     penalised = sums + options.z_weight * masked.masked_sum(token.z_loss(log_z), weights, axis=(1, 2))
     loss = penalised[0] / counts.weight[0]
