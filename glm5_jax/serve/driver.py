@@ -1,0 +1,222 @@
+"""An engine in a thread of its own, that any event loop may ask.
+
+    driver = Driver(Engine(params, config, slots=8, max_len=4096))
+    async for piece in driver.stream(ids, Sampling(64), session="a"): ...
+    await driver.push(params, version=1)
+    driver.close()
+
+The thread alone touches the engine. Between two steps it does what it was sent, in that order; where there is nothing
+to do it sleeps until something is sent.
+"""
+
+import asyncio
+import dataclasses
+import math
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Literal, TypeVar
+
+from glm5_jax.infer.engine import Engine
+from glm5_jax.infer.request import Result, Sampling
+from glm5_jax.records import Completion
+from glm5_jax.serve.generator import Closed, EngineLost
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gauges:
+    """How an engine stands after a step."""
+
+    waiting: int = 0  # requests without a slot
+    running: int = 0
+    tokens: int = 0  # drawn since the start
+    version: int = 0  # of the weights
+    accept_length: float = math.nan  # tokens drawn in a round of a slot
+
+
+@dataclasses.dataclass(eq=False)
+class _Ticket:
+    """A stream as the thread sees it. `deliver` takes a piece and whether it is the last, or what went wrong."""
+
+    session: str
+    loop: asyncio.AbstractEventLoop
+    inbox: asyncio.Queue
+    told: int = 0  # tokens delivered
+
+    def deliver(self, completion: Completion, last: bool) -> None:
+        told, self.told = self.told, len(completion.ids)
+        self._put((Completion(completion.ids[told:], completion.logprobs[told:], completion.versions[told:],
+                              completion.stop), last))
+
+    def fail(self, error: Exception) -> None:
+        self._put(error)
+
+    def _put(self, item: Any) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self.inbox.put_nowait, item)
+        except RuntimeError:
+            pass  # its loop is closed: nobody reads it any more
+
+
+class Driver:
+    """A `Generator` over one engine, which is the driver's from now on. Close it, or leave the `with`, in the end."""
+
+    def __init__(self, engine: Engine):
+        self.max_len, self.gauges = engine.max_len, Gauges(version=engine.version)
+        self._engine = engine
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._tickets: dict[int, _Ticket] = {}  # by the engine's number, in the order of their coming
+        self._tokens = 0
+        self._closed, self._door = False, threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes nothing more."""
+        return self._closed
+
+    async def stream(self, ids: Sequence[int], sampling: Sampling, *, session: str,
+                     drawn: int = 0) -> AsyncGenerator[Completion, None]:
+        """See `Generator.stream`. A step of the engine that fails raises EngineLost in the streams that hold a slot."""
+        ticket, ended = _Ticket(session, asyncio.get_running_loop(), asyncio.Queue()), False
+        self._send(lambda: self._begin(ticket, ids, sampling, drawn))
+        try:
+            while not ended:
+                item = await ticket.inbox.get()
+                if isinstance(item, Exception):
+                    ended = True
+                    raise item
+                piece, ended = item
+                yield piece
+        finally:
+            if not ended:
+                self._send(lambda: self._recall(lambda other: other is ticket), late=True)
+
+    def abort(self, session: str) -> None:
+        """See `Generator.abort`."""
+        self._send(lambda: self._recall(lambda ticket: ticket.session == session), late=True)
+
+    def release(self, session: str) -> None:
+        """Nothing is to be done: a row of the engine's cache goes to whoever needs it."""
+
+    async def call(self, function: Callable[[Engine], T]) -> T:
+        """What `function(engine)` returns, called between two steps on the engine's thread. Raises what it raises, and
+        Closed."""
+        future: Future[T] = Future()
+
+        def command() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(self._engine))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        self._send(command)
+        return await asyncio.wrap_future(future)
+
+    async def push(self, params: Any, version: int, cache: Literal["keep", "recompute"] = "recompute") -> None:
+        """Hands new weights to the engine between two steps, under the streams that go on. Arguments and errors as of
+        `Engine.push_weights` and `Engine.resume`; where it raises, the engine goes on with the weights it had."""
+        if cache not in ("keep", "recompute"):
+            raise ValueError(f"cache: expected 'keep' or 'recompute', found {cache!r}")
+
+        def swap(engine: Engine) -> None:
+            engine.pause()
+            try:
+                engine.push_weights(params, version)
+            finally:
+                engine.resume(cache)
+
+        await self.call(swap)
+
+    def close(self) -> None:
+        """Ends the thread after the step it is in, and after what was sent before; streams under way raise Closed."""
+        with self._door:
+            if not self._closed:
+                self._closed = True
+                self._commands.put(None)
+        self._thread.join()
+
+    def __enter__(self) -> "Driver":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _send(self, command: Callable[[], None], late: bool = False) -> None:
+        """Nothing is sent to a driver that is closed; `late` is what has no point then."""
+        with self._door:
+            if not self._closed:
+                self._commands.put(command)
+            elif not late:
+                raise Closed("this driver: it has been closed")
+
+    def _run(self) -> None:
+        busy = False
+        try:
+            while self._obey(wait=not busy):
+                try:
+                    busy = self._engine.step()
+                except Exception as error:
+                    self._deliver()
+                    self._fail(error)
+                    busy = bool(self._tickets)
+                self._deliver()
+        finally:  # also of an error of its own, which is not to leave anybody waiting
+            with self._door:
+                self._closed = True
+            for ticket in self._tickets.values():
+                ticket.fail(Closed("this driver: it was closed under the stream"))
+
+    def _obey(self, wait: bool) -> bool:
+        """Does what has been sent, after waiting for the first of it; False where that was to close."""
+        try:
+            while True:
+                command = self._commands.get(block=wait)
+                if command is None:
+                    return False
+                command()
+                wait = False
+        except queue.Empty:
+            return True
+
+    def _begin(self, ticket: _Ticket, ids: Sequence[int], sampling: Sampling, drawn: int) -> None:
+        try:
+            number = self._engine.submit(ids, sampling, session=ticket.session, drawn=drawn)
+        except Exception as error:
+            ticket.fail(error)
+        else:
+            self._tickets[number] = ticket
+
+    def _recall(self, which: Callable[[_Ticket], bool]) -> None:
+        for number in [number for number, ticket in self._tickets.items() if which(ticket)]:
+            self._last(number, self._engine.abort(number))
+
+    def _deliver(self) -> None:
+        for result in self._engine.results():
+            self._last(result.request, result)
+        for number, ticket in self._tickets.items():
+            completion = self._engine.progress(number).completion
+            if len(completion.ids) > ticket.told:
+                self._tokens += len(completion.ids) - ticket.told
+                ticket.deliver(completion, last=False)
+        self.gauges = Gauges(self._engine.waiting, self._engine.running, self._tokens, self._engine.version,
+                             self._engine.accept_length)
+
+    def _last(self, number: int, result: Result) -> None:
+        ticket = self._tickets.pop(number)
+        self._tokens += len(result.completion.ids) - ticket.told
+        ticket.deliver(result.completion, last=True)
+
+    def _fail(self, error: Exception) -> None:
+        """The requests that hold a slot are those that came first: they are called back, and their streams fail. Where
+        none holds one, the first fails, so that no step fails for nobody."""
+        for number in list(self._tickets)[:max(self._engine.running, 1)]:
+            self._engine.abort(number)
+            lost = EngineLost(f"a step of the engine failed: {type(error).__name__}: {error}")
+            lost.__cause__ = error
+            self._tickets.pop(number).fail(lost)
