@@ -57,6 +57,11 @@ def nested(levels):
     return functools.reduce(lambda inner, _: [inner], range(levels - 1), [])
 
 
+def test_calls_that_overlapped_end_in_any_order_of_versions():
+    one = trajectory(turns=[*trajectory().turns, sampled((1,), version=2)])
+    assert one.first_version == 2
+
+
 def failed(id="t-9"):
     return trajectory(id, end="failed", failure=Failure(FailureReason.ENGINE, "generate"))
 
@@ -144,7 +149,8 @@ BROKEN = {
     "extends itself": (lambda: trajectory(turns=[Turn([], ANSWER, extends=0)]), r"turns\[0\]\.extends"),
     "extends tokens with none": (lambda: trajectory(turns=[*trajectory().turns, Turn([], ANSWER, extends=0)]),
                                  r"turns\[1\]\.completion"),
-    "older turn": (lambda: trajectory(turns=[*trajectory().turns, sampled((1,), version=2)]),
+    "older turn": (lambda: trajectory(turns=[
+        *trajectory().turns, dataclasses.replace(sampled((1,), version=2), extends=0)]),
                    r"turns\[1\]\.completion\.versions: expected at least 3.*found 2"),
     "two problems": (lambda: Group("g", 2, [trajectory(), trajectory("u", seed=18)]), r"Group\.trajectories: .*seed"),
     "one id twice": (lambda: Group("g", 2, [trajectory(), trajectory()]), r"Group\.trajectories: .*different ids"),

@@ -194,18 +194,20 @@ class Trajectory(Record):
                      f"{'a failure' if self.end is EndReason.FAILED else 'none'} where end is '{self.end}'",
                      self.failure)
         self.require_each("observations", _has_role, "a message with a role")
-        newest = 0
+        newest: list[int] = []  # version of each turn's context; calls that overlap end in any order
         for i, turn in enumerate(self.turns):
+            newest.append(0)
             if turn.extends is not None:
                 self.require(turn.extends < i, f"turns[{i}].extends", "an earlier turn", turn.extends)
                 parent = self.turns[turn.extends]
                 self.require((turn.completion is None) == (parent.completion is None), f"turns[{i}].completion",
                              f"tokens in both or neither of turns {turn.extends} and {i}", turn.completion)
+                newest[i] = newest[turn.extends]
             if turn.completion is not None and turn.completion.versions:
                 first = turn.completion.versions[0]
-                self.require(first >= newest, f"turns[{i}].completion.versions", f"at least {newest}, sampled before",
-                             first)
-                newest = turn.completion.versions[-1]
+                self.require(first >= newest[i], f"turns[{i}].completion.versions",
+                             f"at least {newest[i]}, sampled before it in its context", first)
+                newest[i] = turn.completion.versions[-1]
 
     @property
     def reward(self) -> float | None:
@@ -214,9 +216,9 @@ class Trajectory(Record):
 
     @property
     def first_version(self) -> int | None:
-        """The policy version of the first sampled token, by which staleness is measured; None without tokens."""
+        """The oldest policy version of a sampled token, by which staleness is measured; None without tokens."""
         stamped = (turn.completion.versions for turn in self.turns if turn.completion and turn.completion.versions)
-        return next((versions[0] for versions in stamped), None)
+        return min((versions[0] for versions in stamped), default=None)
 
     def sent(self, index: int) -> tuple[Message, ...]:
         """All messages that were sent in turn `index`."""

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 from collections.abc import Sequence
 
-from glm5_jax.records import Group, Trajectory
+from glm5_jax.records import Group, StopReason, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,9 @@ class Row:
 def rows(trajectory: Trajectory) -> tuple[Row, ...]:
     """The contexts of a rollout: one for each turn that no later turn extends, in their order.
 
-    Where contexts share turns, as after a fork, the first one trains on them. Raises ValueError for a rollout without
-    tokens.
+    Where contexts share turns, as after a fork, the first one trains on them. Nobody trains on a turn that was called
+    back and not resumed, as by a client that hung up: the episode went on without it. Raises ValueError for a rollout
+    without tokens.
     """
     if any(turn.completion is None for turn in trajectory.turns):
         raise ValueError(f"rollout {trajectory.id!r}: expected the tokens of every turn, found a turn without")
@@ -83,7 +84,8 @@ def _row(trajectory: Trajectory, path: Sequence[int], seen: set[int]) -> Row:
         assert turn.completion is not None  # `rows` looked
         sampled = turn.completion
         ids += turn.prompt + sampled.ids
-        given, count, fresh = len(turn.prompt), len(sampled.ids), index not in seen
+        given, count = len(turn.prompt), len(sampled.ids)
+        fresh = index not in seen and sampled.stop is not StopReason.ABORT
         trained += [False] * given + [fresh] * count
         logprobs += [0.0] * given + (list(sampled.logprobs) if fresh else [0.0] * count)
         versions += [-1] * given + (list(sampled.versions) if fresh else [-1] * count)

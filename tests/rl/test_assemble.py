@@ -93,3 +93,11 @@ def test_a_rollout_without_tokens():
     turn = Turn([say("user", "a")], say("assistant", "x"))
     with pytest.raises(ValueError, match="rollout 'r': expected the tokens of every turn"):
         rows(Trajectory("r", "sums", 1, [turn], "done"))
+
+
+def test_a_turn_that_nobody_read_to_its_end_is_not_trained_on():
+    a = say("user", "a")
+    lost = Turn([a], say("assistant", ""), prompt=(1, 2), completion=Completion((3,), (-0.5,), (0,), "abort"))
+    again = Turn([a], say("assistant", "x"), prompt=(1, 2), completion=sampled((3, 4), 0))
+    left, kept = rows(Trajectory("r", "sums", 1, [lost, again], "done"))
+    assert not any(left.trained) and left.ids == (1, 2, 3) and kept.trained == (False, False, True, True)
