@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.test_floors import imports, read_sources
+
 ROOT = Path(__file__).parents[1]
 OWN = ("glm5_jax", "pallas_kernels")
 CORE = {"jax", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "ml-collections", "absl-py", "einops",
@@ -17,6 +19,10 @@ EXTRAS = {"test", "lint", "viz", "metrics", "wandb", "notebook", "aot", "parity"
           "browser", "cuda13", "tpu"}
 # Distributions whose import name is not their own name with underscores.
 IMPORTED_AS = {"orbax-checkpoint": "orbax", "absl-py": "absl", "reasoning-gym": "reasoning_gym"}
+# Modules that nobody needs without an extra: what it installs may stand at their top.
+OF_AN_EXTRA = {"glm5_jax/serve/http.py": "serve", "glm5_jax/rl/remote.py": "serve", "glm5_jax/rl/worker.py": "serve",
+               "glm5_jax/rl/task_client.py": "serve", "glm5_jax/rl/task_server.py": "serve",
+               "glm5_jax/rl/ray_executor.py": "ray"}
 # jax brings these along, and is nothing without them.
 WITH_JAX = {"jaxlib", "ml_dtypes"}
 
@@ -79,11 +85,21 @@ def test_extras_parse_and_repeat_nothing_of_the_core(setup):
 
 def test_every_import_is_declared_and_extras_stay_optional(setup):
     core = import_names(requirements(setup["options"]["install_requires"])) | WITH_JAX
-    optional = import_names([one for text in setup["options.extras_require"].values() for one in requirements(text)])
-    found = {str(path.relative_to(ROOT)): undeclared(path.read_text(encoding="utf-8"), core, optional)
-             for own in OWN for path in (ROOT / own).rglob("*.py")}
-    assert found
+    extras = {name: import_names(requirements(text)) for name, text in setup["options.extras_require"].items()}
+    optional = set().union(*extras.values())
+    sources = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+               for own in OWN for path in (ROOT / own).rglob("*.py")}
+    assert OF_AN_EXTRA.keys() <= sources.keys()
+    found = {path: undeclared(source, core | extras.get(OF_AN_EXTRA.get(path, ""), set()), optional)
+             for path, source in sources.items()}
     assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_what_needs_an_extra_is_imported_by_commands_and_by_what_needs_it_too():
+    sources = read_sources(ROOT)
+    modules = {path.removesuffix(".py").replace("/", ".") for path in OF_AN_EXTRA}
+    others = [name for name in sources if name not in modules and not name.endswith("__main__")]
+    assert not [found.place for name in others for found in imports(name, sources) if found.of in modules]
 
 
 @pytest.mark.parametrize("source, names", [

@@ -199,14 +199,34 @@ class Ledger:
             dropped = dict(db.execute("SELECT reason, COUNT(*) FROM ended WHERE reason IS NOT NULL GROUP BY reason"))
         return Balance(dispatched, consumed, dropped, in_flight)
 
+    def tasks(self) -> dict[str, Balance]:
+        """The books of each task."""
+        found: dict[str, Balance] = {}
+        with self._read() as db:
+            rows = db.execute('SELECT task, step IS NOT NULL, reason, COUNT(*) FROM groups LEFT JOIN ended '
+                              'ON ended."group" = groups.id GROUP BY 1, 2, 3 ORDER BY 1')
+            for task, consumed, reason, count in rows:
+                books = found.setdefault(task, Balance(0, 0, {}, 0))
+                found[task] = Balance(
+                    books.dispatched + count, books.consumed + count * consumed,
+                    books.dropped | ({reason: count} if reason else {}),
+                    books.in_flight + (0 if consumed or reason else count))
+        return found
+
     def in_flight(self) -> list[Order]:
         """The groups that have not ended, in the order of dispatch."""
         with self._read() as db:
             return [Order(*row) for row in
                     db.execute("SELECT id, task, seed, size, version FROM in_flight ORDER BY number")]
 
+    def policies(self) -> list[PolicyVersion]:
+        """Every set of weights that was ever entered, those that a rewind took back too, by number."""
+        with self._read() as db:
+            return [PolicyVersion(*row) for row in
+                    db.execute("SELECT number, step, checksum FROM policies ORDER BY number")]
+
     def trajectories(self, group: str) -> tuple[Trajectory, ...]:
-        """The newest state of every rollout of a group, in the order in which they were first recorded."""
+        """The newest state of every rollout of a group, by id: the order says nothing of how long each took."""
         with self._read() as db:
             return self._trajectories(db, group)
 
@@ -226,8 +246,7 @@ class Ledger:
 
     def _trajectories(self, db: sqlite3.Connection, group: str) -> tuple[Trajectory, ...]:
         rows = db.execute("SELECT trajectory FROM rollouts WHERE number IN (SELECT MAX(number) FROM rollouts WHERE "
-                          '"group" = ? GROUP BY id) ORDER BY (SELECT MIN(number) FROM rollouts AS first '
-                          "WHERE first.id = rollouts.id)", [group])
+                          '"group" = ? GROUP BY id) ORDER BY id', [group])
         return tuple(from_json(Trajectory, text) for text, in rows)
 
     def _open_order(self, db: sqlite3.Connection, group: str) -> Order:

@@ -167,6 +167,8 @@ class Simulation:
         self.steps: list[dict[str, Any]] = []
         self.again = self.wasted = self.trainer_busy = 0.0
         self.draining = self.changed = False
+        self.free = self.begun = 0.0  # when the trainer last became free, and last began
+        self.idle: list[float] = []
         self._order, self._numbers = itertools.count(), itertools.count()
 
     def run(self, steps: int, warm_up: int) -> Report:
@@ -203,7 +205,7 @@ class Simulation:
     def _view(self) -> View:
         return View(self.version, self.training, self.dispatched,
                     tuple(group.ticket for group in self.running.values()),
-                    tuple(group.ticket for group in self.done), len(self.held))
+                    tuple(group.ticket for group in self.done), len(self.held), tuple(self.idle))
 
     def _decide(self) -> None:
         self.changed = False
@@ -301,7 +303,7 @@ class Simulation:
             self._change(engine, lambda engine: engine.call_back(lambda one: one.group.ticket.id in ids))
 
     def _train(self, batch: list[_Group]) -> None:
-        self.training = True
+        self.training, self.begun = True, self.now
         lengths = [sequence.length for group in batch for sequence in group.sequences]
         self.steps.append({"lengths": lengths, "stale": [self.version - group.ticket.version for group in batch]})
         if self.scheduler.calls_back:
@@ -331,4 +333,5 @@ class Simulation:
         for engine in self.engines:
             self._change(engine, lambda engine: setattr(engine, "resting", False))
         self.version += 1
-        self.training, self.changed = False, True
+        self.idle.append((self.begun - self.free) / max(self.now - self.free, 1e-9))
+        self.training, self.changed, self.free = False, True, self.now

@@ -10,6 +10,7 @@ the step from version w to w + 1 it is w - v steps stale.
 
 import dataclasses
 import math
+import statistics
 from typing import Literal, Protocol
 
 
@@ -36,10 +37,15 @@ class View:
     running: tuple[Ticket, ...]  # in order of dispatch
     done: tuple[Ticket, ...]  # in order of completion
     held: int = 0  # groups called back with partial rollouts; whatever runs the scheduler resumes them after the step
+    idle: tuple[float, ...] = ()  # of each step so far, the share of its time that the trainer waited for its batch
 
 
 class Scheduler(Protocol):
     """What the loop asks."""
+
+    @property
+    def groups(self) -> int:
+        """How many groups make a batch."""
 
     @property
     def calls_back(self) -> bool:
@@ -164,6 +170,59 @@ class Async(Base):
 
     def admit(self, view: View) -> int:
         return max(0, (self.bound + view.version + 1) * self.groups - view.dispatched)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptive(Base):
+    """Generation never stops, and is as stale as throughput asks for: the trainer's idle share moves the bound.
+
+    The bound that groups are admitted by begins at `low`. Measured over the second half of every `every` steps, it goes
+    up by one where the trainer waits for more than `idle` of its time, unless that is known to save less than `gain`;
+    it goes down where one less costs less than `gain`. What is known of the neighbours is forgotten after `memory`
+    times without a move, so that they are tried again.
+
+    Staleness is about the moving bound in the mean, and never above `high`: within it groups are consumed as by `Async`
+    with the order "wait".
+    """
+
+    low: int = 1
+    high: int = 8
+    idle: float = 0.05
+    gain: float = 0.03
+    every: int = 6
+    memory: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.low >= 0, "low", "0 or more", self.low)
+        _require(self.high >= self.low, "high", f"at least low, {self.low}", self.high)
+        for name in ("idle", "gain"):
+            _require(0 <= getattr(self, name) < 1, name, "0 or more and below 1", getattr(self, name))
+        _require(self.every >= 1, "every", "at least 1", self.every)
+        _require(self.memory >= 1, "memory", "at least 1", self.memory)
+
+    def bound(self, view: View) -> int:
+        """The bound of the moment."""
+        bound, still = self.low, 0
+        known: dict[int, float] = {}  # bound -> idle share
+        for end in range(self.every, len(view.idle) + 1, self.every):
+            share = known[bound] = statistics.fmean(view.idle[end - (self.every + 1) // 2:end])
+            below, above = known.get(bound - 1), known.get(bound + 1)
+            higher = bound < self.high and share > self.idle and (above is None or share - above >= self.gain)
+            lower = bound > self.low and (below is None or below <= self.idle or below - share < self.gain)
+            if lower and not (higher and above is not None):
+                bound, still = bound - 1, 0
+            elif higher:
+                bound, still = bound + 1, 0
+            elif (still := still + 1) >= self.memory:
+                known, still = {}, 0
+        return bound
+
+    def batch(self, view: View) -> tuple[Ticket, ...]:
+        return Async(self.groups, self.high).batch(view)
+
+    def admit(self, view: View) -> int:
+        return Async(self.groups, self.bound(view)).admit(view)
 
 
 def _require(holds: bool, field: str, expected: str, found: object) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from glm5_jax.rl.modelled import Machine, Report, Simulation, Workload
-from glm5_jax.rl.schedule import CONSUMPTIONS, April, Async, OneStepOff, Scheduler, Sync
+from glm5_jax.rl.schedule import CONSUMPTIONS, Adaptive, April, Async, OneStepOff, Scheduler, Sync
 
 WORKLOADS = {"math": Workload("math", 64, 4000, 0.9), "agent": Workload("agent", 32, 8000, 0.6, turns=12.0)}
 SHARES = (1 / 4, 3 / 8, 1 / 2)  # of the devices that generate, where both roles have their own
@@ -33,6 +33,7 @@ MODES: dict[str, Callable[[int], Scheduler]] = {
     "drain 1": lambda groups: Async(groups, 1, "fifo", drains=True),
     **{f"async {bound} {order}": functools.partial(Async, bound=bound, order=order)
        for bound in (1, 2, 4) for order in CONSUMPTIONS},
+    "adaptive": Adaptive,
 }
 
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -7,7 +8,7 @@ import pytest
 
 from glm5_jax.envs.base import Failed, Limits, Start, Step
 from glm5_jax.envs.context import PLACEHOLDER, View, hierarchical, keep_all, keep_recent
-from glm5_jax.envs.episode import Reply, run_episode
+from glm5_jax.envs.episode import Act, Ask, CalledBack, OutOfRoom, Reply, episode, run_episode
 from glm5_jax.records import Completion, EndReason, Failure, FailureReason, Trajectory, from_json, to_json
 
 TOOLS = ({"type": "function", "function": {"name": "look"}},)
@@ -212,10 +213,11 @@ def test_a_failure_is_data_and_the_environment_is_closed(env, model, reason, pla
 
 
 def test_an_engine_that_steps_back_in_versions_has_failed():
-    versions = iter([4, 3])
+    calls = iter([([1], 4), ([1, 2, 5], 3)])
 
     def generate(messages, tools):
-        return Reply({"role": "assistant", "content": ""}, [1], Completion([2], [-1], [next(versions)], "stop"))
+        prompt, version = next(calls)
+        return Reply({"role": "assistant", "content": ""}, prompt, Completion([2], [-1], [version], "stop"))
 
     one = play(Count(), generate)
     assert one.failure.reason is FailureReason.ENGINE and "versions" in one.failure.detail
@@ -239,3 +241,138 @@ def test_an_interrupt_passes_but_closes(error):
     with pytest.raises(error):
         play(env, Model(broken=raising(error)))
     assert env.calls[-1] == "close"
+
+
+def recorded(one, turns, *, drawn=None):
+    """The trajectory as it stood once `turns` of its turns had ended; `drawn` tokens of the next are there too."""
+    observations = one.turns[turns].messages if turns < len(one.turns) and drawn is None else ()
+    kept = one.turns[:turns]
+    if drawn is not None:
+        whole = one.turns[turns].completion
+        part = Completion(whole.ids[:drawn], whole.logprobs[:drawn], whole.versions[:drawn], "abort")
+        kept += (dataclasses.replace(one.turns[turns], reply={"role": "assistant", "content": ""}, completion=part,
+                                     reward=0, info={}),)
+    return dataclasses.replace(one, turns=kept, end="aborted", observations=observations)
+
+
+def drive(requests, answer):
+    """Answers the requests of an episode; returns its trajectory and what the model was asked for."""
+    asked, go_on = [], functools.partial(next, requests)
+    while True:
+        try:
+            request = go_on()
+        except StopIteration as ended:
+            return ended.value, asked
+        if isinstance(request, Ask):
+            asked.append(request)
+        try:
+            value = request.function(*request.args) if isinstance(request, Act) else answer(request)
+        except Exception as error:
+            go_on = functools.partial(requests.throw, error)
+        else:
+            go_on = functools.partial(requests.send, value)
+
+
+def go_on(so_far, env=None, answer=None, **options):
+    """Plays on from a trajectory of `Count` with seed 4, by a model that says which turn it is."""
+    def model(ask):
+        message = {"role": "assistant", "content": f"call {ask.turn + 1}"}
+        return Reply(message, [id for one in ask.messages for id in ids(one)],
+                     Completion(ids(message), [-1] * 7, [0] * 7, "stop"))
+
+    requests = episode(env or Count(), task="count", seed=4, so_far=so_far, **options)
+    return drive(requests, answer or model)
+
+
+WHOLE = play(Count(), Model(tokens=True), seed=4)
+
+
+@pytest.mark.parametrize("context", [keep_all, functools.partial(keep_recent, k=1)], ids=["all", "recent"])
+@pytest.mark.parametrize("turns", range(4))
+@pytest.mark.parametrize("drawn", [None, 0, 3])
+def test_a_partial_episode_goes_on_as_if_nothing_had_been(turns, drawn, context):
+    """Whatever was recorded of it when it was called back, and whatever the messages of each call are."""
+    whole = play(Count(), Model(tokens=True), seed=4, context=context)
+    so_far, env = recorded(play(Count(), Model(tokens=True), seed=4), turns, drawn=drawn), Count()
+    if context is not keep_all:
+        so_far = dataclasses.replace(so_far, turns=whole.turns[:len(so_far.turns)] if drawn is None else
+                                     (*whole.turns[:turns], dataclasses.replace(
+                                         whole.turns[turns], completion=so_far.turns[-1].completion)))
+    one, asked = go_on(so_far, env, context=context)
+    assert one == whole
+    assert [ask.turn for ask in asked] == list(range(turns, 4))
+    assert asked[0].so_far == (None if drawn is None else so_far.turns[-1].completion)
+    assert not any(ask.so_far for ask in asked[1:])
+    assert env.calls == ["reset", "step", "step", "step", "step", "close"]
+
+
+class Other(Count):
+    """Answers otherwise in its second step."""
+
+    def __init__(self, **changes):
+        super().__init__()
+        self.changes = changes
+
+    def step(self, message):
+        step = super().step(message)
+        return step._replace(**self.changes) if self.left == 2 else step
+
+
+@pytest.mark.parametrize("turns, env, place, detail", [
+    (3, Other(reward=0.5), "step", "reward of turn 1: expected 0.25 as recorded, found 0.5"),
+    (3, Other(done=True), "step", "done after turn 1: expected False as recorded, found True"),
+    (3, Other(messages=({"role": "tool", "content": "?"},)), "step", "messages of turn 2: expected"),
+    (2, Other(messages=({"role": "tool", "content": "?"},)), "step", "observations: expected"),
+    (1, Count(reset=lambda: Start(({"role": "user", "content": "?"},), TOOLS)), "reset", "messages of turn 0: "),
+    (1, Count(reset=lambda: Start(({"role": "user", "content": "say 4"},), ())), "reset", "tools: expected"),
+], ids=["reward", "done", "messages", "observations", "question", "tools"])
+def test_an_environment_that_answers_otherwise_has_failed(turns, env, place, detail):
+    so_far = recorded(WHOLE, turns)
+    one, asked = go_on(so_far, env)
+    assert (one.failure.reason, one.failure.place) == (FailureReason.ENVIRONMENT, place)
+    assert one.failure.detail.startswith("played again: " + detail)
+    assert one.turns == so_far.turns and not asked  # nothing that was sampled is lost
+    assert env.calls[-1] == "close"
+
+
+def test_an_episode_is_called_back_between_replies():
+    def answer(ask):
+        raise CalledBack
+
+    for turns in range(4):
+        so_far = recorded(WHOLE, turns)
+        one, _ = go_on(so_far, answer=answer)
+        assert one == dataclasses.replace(so_far, observations=one.observations)
+        assert one.observations == (so_far.observations or ({"role": "user", "content": "say 4"},))
+    half = recorded(WHOLE, 2, drawn=3)
+    assert go_on(half, answer=answer)[0] == half
+
+
+def test_an_episode_without_room_for_a_reply_has_come_to_its_limit():
+    def answer(ask):
+        raise OutOfRoom
+
+    one, _ = go_on(recorded(WHOLE, 2), answer=answer)
+    assert (one.end, one.reward, len(one.turns)) == (EndReason.TOKENS, 0.5, 2)
+
+
+def test_limits_count_what_was_before():
+    one, asked = go_on(recorded(WHOLE, 2), limits=Limits(turns=3))
+    assert (one.end, len(one.turns), len(asked)) == (EndReason.TURNS, 3, 1)
+
+
+@pytest.mark.parametrize("so_far, message", [
+    (WHOLE, "expected an aborted trajectory of 'count' and seed 4, found one of 'count' and 4 that ended with 'done'"),
+    (dataclasses.replace(recorded(WHOLE, 1), seed=5), "found one of 'count' and 5 that ended with 'aborted'"),
+])
+def test_what_is_no_partial_episode(so_far, message):
+    with pytest.raises(ValueError, match=message):
+        go_on(so_far)
+
+
+def test_an_episode_that_nobody_drives_to_its_end():
+    env = Count()
+    requests = episode(env, task="count", seed=4)
+    next(requests)
+    requests.close()  # asks for nothing more
+    assert env.calls == []

@@ -60,9 +60,17 @@ def test_a_partial_rollout_comes_back_with_every_token_and_goes_on(ledger):
     longer = rollout("a-0", "done", tokens=9)
     ledger.record("a", rollout("a-1"))
     ledger.record("a", longer)
-    assert ledger.trajectories("a") == (longer, rollout("a-1"))  # in the order in which they began
+    assert ledger.trajectories("a") == (longer, rollout("a-1"))
     with pytest.raises(LedgerError, match="rollout 'a-0': expected a new or a partial one .* ended with 'done'"):
         ledger.record("a", longer)
+
+
+def test_the_order_of_rollouts_says_nothing_of_how_long_they_took(ledger):
+    """So that what is repeated in the place of failed ones is not what ended first, the shortest."""
+    ledger.dispatch(order("a", 3))
+    for name, end in (("a-2", "done"), ("a-1", "aborted"), ("a-0", "done"), ("a-1", "done")):
+        ledger.record("a", rollout(name, end))
+    assert [one.id for one in ledger.trajectories("a")] == ["a-0", "a-1", "a-2"]
 
 
 def test_repeats_stand_in_for_failures(ledger):
@@ -124,6 +132,27 @@ def test_lost_policies_are_not_served_again(ledger):
         ledger.push(PolicyVersion(2, 8))
     ledger.push(PolicyVersion(3, 8))
     assert ledger.policy() == PolicyVersion(3, 8)
+
+
+def test_every_policy_stays_on_record(ledger):
+    pushed = [PolicyVersion(1, 0), PolicyVersion(2, 4, "abc"), PolicyVersion(5, 8)]
+    for policy in pushed:
+        ledger.push(policy)
+    ledger.rewind(0)
+    assert ledger.policies() == pushed and ledger.policy() == pushed[0]
+
+
+def test_the_books_of_each_task(ledger):
+    for number in range(7):
+        ledger.dispatch(dataclasses.replace(order(f"g{number}", 1), task=("sums", "maze")[number % 2]))
+        ledger.record(f"g{number}", rollout(f"g{number}-0", task=("sums", "maze")[number % 2]))
+    ledger.consume(1, [Group("g0", 1, ledger.trajectories("g0"))])
+    ledger.consume(2, [Group("g1", 1, ledger.trajectories("g1"))])
+    for name, reason in (("g2", "stale"), ("g4", "stale"), ("g3", "timeout")):
+        ledger.drop(name, reason)
+    assert ledger.tasks() == {"sums": Balance(4, 1, {"stale": 2}, 1), "maze": Balance(3, 1, {"timeout": 1}, 1)}
+    ledger.rewind(1)
+    assert ledger.tasks() == {"sums": Balance(4, 1, {"stale": 2}, 1), "maze": Balance(3, 0, {"timeout": 1}, 2)}
 
 
 def test_a_full_disk_loses_nothing_that_was_written(ledger):

@@ -13,13 +13,14 @@ import pytest
 
 from glm5_jax.rl import simulate
 from glm5_jax.rl.modelled import Machine, Simulation, Workload
-from glm5_jax.rl.schedule import April, Async, OneStepOff, Sync
+from glm5_jax.rl.schedule import Adaptive, April, Async, OneStepOff, Sync
 
 SMALL = Workload("small", groups=4, median=200, sigma=0.9, rollouts=2, cap=2000)
 TALK = dataclasses.replace(SMALL, name="talk", turns=4.0, tool_median=1.0)
 MACHINE = Machine(devices=4, slots=8, train_step=0.5, sync=0.5, switch=0.5)
 SCHEDULERS = {"sync": Sync(4), "one-step": OneStepOff(4), "april": April(4, 2.0), "wait": Async(4, 2, "wait"),
-              "drop": Async(4, 1, "drop"), "fifo": Async(4, 2, "fifo"), "drain": Async(4, 1, "fifo", drains=True)}
+              "drop": Async(4, 1, "drop"), "fifo": Async(4, 2, "fifo"), "drain": Async(4, 1, "fifo", drains=True),
+              "adaptive": Adaptive(4, 1, 4, every=3)}
 
 
 def run(scheduler, workload=SMALL, *, steps=30, seed=0, machine=MACHINE):
@@ -50,8 +51,17 @@ def test_what_each_scheduler_promises_of_staleness(workload):
              for name, scheduler in SCHEDULERS.items()}
     assert set(stale["sync"]) == {0} and set(stale["one-step"][4:]) == {1}
     assert max(stale["wait"]) == 2 and max(stale["drop"]) == 1
+    assert max(stale["adaptive"]) <= 4
     assert max(stale["fifo"]) > 2 and max(stale["april"]) > 1
     assert min(min(values) for values in stale.values()) >= 0
+
+
+def test_adaptive_is_less_stale_where_the_trainer_has_enough():
+    """With a slow trainer the lowest bound serves; with a quick one it goes up, and gains by it."""
+    slow = run(Adaptive(4, 1, 4, every=3), steps=60, machine=dataclasses.replace(MACHINE, train_step=60.0))[1]
+    assert slow.staleness_mean == pytest.approx(1) and slow.trainer_busy > 0.9
+    quick, fixed = (run(scheduler, TALK, steps=60)[1] for scheduler in (Adaptive(4, 1, 4, every=3), Async(4, 1)))
+    assert quick.staleness_mean > 1.3 and quick.tokens_per_second > 1.1 * fixed.tokens_per_second
 
 
 def test_async_with_bound_0_is_sync():

@@ -1,0 +1,100 @@
+"""What a training step of the asynchronous loop says of itself: staleness, lengths, what was dropped, who waited."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from glm5_jax.core.metrics import Mean, Metric
+from glm5_jax.losses.diagnostics import Max
+from glm5_jax.records import FailureReason, Group, Trajectory
+
+OLDEST = 8  # the last bar of the histogram holds all that is staler
+Counts = collections.Counter[str]
+
+
+@dataclasses.dataclass
+class Since:
+    """What happened since the step before."""
+
+    dropped: Counts = dataclasses.field(default_factory=collections.Counter)  # groups, by reason
+    failed: Counts = dataclasses.field(default_factory=collections.Counter)  # rollouts, by reason
+    resumed: int = 0  # rollouts
+    sampled: list[int] = dataclasses.field(default_factory=list)  # tokens of each rollout that ended
+    discarded: int = 0  # tokens of groups that were given up
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds of one step: the trainer waited, trained, pushed; there may be gaps, as while engines drain."""
+
+    waited: float
+    pushed: float
+    whole: float
+
+    @property
+    def idle(self) -> float:
+        """The share of its time that the trainer waited for its batch."""
+        return self.waited / self.whole if self.whole > 0 else 0.0
+
+
+def tokens(trajectory: Trajectory) -> int:
+    """Sampled ones."""
+    return sum(len(turn.completion.ids) for turn in trajectory.turns if turn.completion)
+
+
+def staleness(trajectory: Trajectory, version: int, step_of: Mapping[int, int]) -> int | None:
+    """Steps between the policy of the first sampled token and `version`, which the trajectory is consumed at.
+
+    `step_of` gives the step of each policy's number. Below 0 where the tokens are of a step that was lost in a crash.
+    """
+    first = trajectory.first_version
+    return None if first is None else version - step_of[first]
+
+
+def measure(batch: Sequence[Group], version: int, step_of: Mapping[int, int], since: Since, *, times: Times,
+            in_flight: int, queued: int) -> dict[str, Metric]:
+    """The metrics of the step from `version` on `batch`. Averages are over rollouts, those of failed ones left out."""
+    rollouts = [one for group in batch for one in group.trajectories if one.end.complete]
+    stale = [age for one in rollouts if (age := staleness(one, version, step_of)) is not None]
+    drawn = [version - step_of[number] for one in rollouts for turn in one.turns if turn.completion
+             for number in turn.completion.versions]
+    lengths = [tokens(one) for one in rollouts]
+    rewards = [one.reward for one in rollouts if one.reward is not None]
+    spread = [len({one.reward for one in group.trajectories if one.end.complete}) > 1 for group in batch]
+    found: dict[str, Metric] = {
+        "reward/mean": _mean(rewards),
+        "staleness/mean": _mean(stale),
+        "staleness/max": Max(jnp.float32(max(stale, default=-np.inf))),
+        "staleness/tokens": _mean(drawn),
+        "staleness/policies": _mean([len({number for turn in one.turns if turn.completion
+                                          for number in turn.completion.versions}) for one in rollouts]),
+        "length/consumed": _mean(lengths),
+        "length/sampled": _mean(since.sampled),
+        "groups/no_spread": _mean([not some for some in spread]),
+        "groups/repeats": _mean([len(group.repeats) for group in batch]),
+        "groups/in_flight": _mean([in_flight]),
+        "rollouts/queued": _mean([queued]),
+        "rollouts/resumed": _mean([since.resumed]),
+        "trainer/idle": Mean(jnp.float32(times.waited), jnp.float32(times.whole)),
+        "push/seconds": _mean([times.pushed]),
+        "tokens/trained": _mean([sum(lengths)]),
+        "tokens/discarded": _mean([since.discarded]),
+        "tokens/per_second": Mean(jnp.float32(sum(lengths)), jnp.float32(times.whole)),
+    }
+    for age in range(OLDEST + 1):
+        name = f"staleness/share_{age}{'_and_more' if age == OLDEST else ''}"
+        found[name] = _mean([min(max(one, 0), OLDEST) == age for one in stale])
+    for reason in FailureReason:
+        found[f"rollouts/failed/{reason}"] = _mean([since.failed[reason]])
+    for reason in ["stale", *FailureReason]:
+        found[f"groups/dropped/{reason}"] = _mean([since.dropped[reason]])
+    for task in sorted({one.task for one in rollouts}):
+        found[f"reward/{task}"] = _mean([one.reward for one in rollouts if one.task == task])
+    return found
+
+
+def _mean(values: Sequence[float | bool | None]) -> Mean:
+    return Mean(jnp.float32(np.sum(np.array(values, np.float64))), jnp.float32(len(values)))

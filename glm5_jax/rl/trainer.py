@@ -1,0 +1,126 @@
+"""What learns in the asynchronous loop: groups of rollouts in, a policy out, durable and handed to the engines."""
+
+import asyncio
+import dataclasses
+import functools
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from glm5_jax.checkpoint.store import Store
+from glm5_jax.core.metrics import merge, Metric
+from glm5_jax.losses import advantage
+from glm5_jax.records import Group, PolicyVersion
+from glm5_jax.rl import batches, weights
+from glm5_jax.serve.driver import Driver
+from glm5_jax.train.policy_step import PolicyStep
+from glm5_jax.train.state import TrainState
+
+# Has all engines serve parameters under a policy number; they stay the trainer's, who gives its next step new ones.
+Deliver = Callable[[int, int, Any], Awaitable[PolicyVersion]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a batch of groups becomes updates. Raises ValueError naming the field.
+
+    Rows are `length` tokens. A batch is cut into `updates` parts, a step of the optimiser for each; with more than one,
+    what the loss compares with is the policy before the first. `reset_optimizer` lets the optimiser begin anew after
+    every push (GLM-5 report, section 3.3). `save_every` is in training steps: a crash takes back those after it.
+    """
+
+    length: int
+    updates: int = 1
+    advantage: batches.Advantage = advantage.group_advantage
+    reset_optimizer: bool = False
+    save_every: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("length", "updates", "save_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"Plan.{field}: expected at least 1, found {getattr(self, field)!r}")
+
+
+class PolicyTrainer:
+    """The `Trainer` of a loop: a state, its step and optimiser; `deliver` takes policies to the engines.
+
+    It goes on from the newest checkpoint of `store`, else from `state`, whose arrays it donates.
+    """
+
+    def __init__(self, state: TrainState, step: PolicyStep, optimizer: optax.GradientTransformationExtraArgs,
+                 store: Store, deliver: Deliver, plan: Plan):
+        self._step, self._store, self._deliver, self._plan = step, store, deliver, plan
+        self._reset = jax.jit(optimizer.init)
+        self._taken, self._state = 0, state
+        if (newest := store.latest_step()) is not None:
+            self._taken = newest
+            self._state, _ = store.restore(newest, jax.eval_shape(lambda: state))
+
+    @property
+    def step(self) -> int:
+        """Training steps of this run that are done."""
+        return self._taken
+
+    @property
+    def params(self) -> Any:
+        """The parameters of the moment; the next step donates them."""
+        return self._state.params
+
+    async def train(self, step: int, batch: Sequence[Group]) -> Mapping[str, Metric]:
+        """See `loop.Trainer.train`. Raises ValueError for a batch that cannot be cut into as many updates."""
+        return await asyncio.to_thread(self._train, step, batch)
+
+    async def push(self, number: int) -> PolicyVersion:
+        """See `loop.Trainer.push`."""
+        # The next step donates these: engines get their own.
+        policy = await self._deliver(number, self._taken, jax.tree.map(jnp.copy, self._state.params))
+        if self._plan.reset_optimizer:
+            self._state = dataclasses.replace(self._state, opt_state=self._reset(self._state.params))
+        return policy
+
+    def close(self) -> None:
+        """Returns when every checkpoint is on the disk."""
+        self._store.close()
+
+    def _train(self, step: int, batch: Sequence[Group]) -> Mapping[str, Metric]:
+        plan, options = self._plan, self._step.options
+        if len(batch) % plan.updates:
+            raise ValueError(f"batch: expected a multiple of {plan.updates} groups (Plan.updates), found {len(batch)}")
+        size = len(batch) // plan.updates
+        parts = [batches.of_groups(batch[start:start + size], length=plan.length, multiple=options.rows,
+                                   advantage=plan.advantage, aggregation=options.aggregation)
+                 for start in range(0, len(batch), size)]
+        if plan.updates > 1:
+            parts = [dataclasses.replace(rows, streams=rows.streams | {
+                "logp_old": self._step.log_probs(self._state.params, rows)}) for rows in parts]
+        metrics: dict[str, Any] = {}
+        for rows in parts:
+            self._state, new = self._step(self._state, rows)
+            metrics = merge(metrics, new)
+        self._taken = step
+        if step % plan.save_every == 0:
+            self._store.save(step, self._state, {})
+        return metrics
+
+
+def to_driver(driver: Driver) -> Deliver:
+    """Weights for an engine of this process, which may share the trainer's devices."""
+    async def deliver(number: int, step: int, params: Any) -> PolicyVersion:
+        await driver.push(params, number)
+        return PolicyVersion(number, step)
+    return deliver
+
+
+def to_folder(folder: str | os.PathLike[str], tell: Callable[[int], Awaitable[Any]], *, keep: int = 2) -> Deliver:
+    """Weights for engines elsewhere: published in a folder that they see, the newest `keep` of which stay; `tell` has
+    them serve a number, as `rl.remote.Remote.push` does for one and `rl.pool.Pool.push` for many."""
+    async def deliver(number: int, step: int, params: Any) -> PolicyVersion:
+        policy = await asyncio.to_thread(functools.partial(weights.publish, folder, params, number=number, step=step))
+        await tell(number)
+        await asyncio.to_thread(weights.prune, folder, keep=keep)
+        return policy
+    return deliver

@@ -1,0 +1,176 @@
+"""Groups in flight apart from the loop: the moments that a schedule seldom meets."""
+
+import asyncio
+
+import pytest
+
+from glm5_jax.records import Completion, EndReason, Trajectory, Turn
+from glm5_jax.rl.flights import Flights
+from glm5_jax.rl.ledger import Ledger, Order
+from glm5_jax.rl.partial import Flight
+from glm5_jax.rl.schedule import Ticket
+from tests.rl import harness
+
+
+class Slow:
+    """Each rollout takes ten seconds, or ends when it is called back, with one token for each second."""
+
+    def __init__(self):
+        self.begun, self.told, self.recalled = [], [], set()
+
+    async def play(self, order, id, so_far):
+        self.begun.append(id)
+        count = len(so_far.turns[0].completion.ids) if so_far else 0
+        while count < 10 and id not in self.recalled:
+            await asyncio.sleep(1)
+            count += 1
+        self.recalled.discard(id)
+        over = count == 10
+        completion = Completion([7] * count, [-0.5] * count, [1] * count, "stop" if over else "abort")
+        turn = Turn([{"role": "user", "content": "?"}], {"role": "assistant", "content": ""}, (1,), completion)
+        return Trajectory(id, order.task, order.seed, [turn] if count else [], "done" if over else "aborted")
+
+    def call_back(self, ids):
+        self.recalled |= set(ids) & set(self.begun)
+
+    def ended(self, group, task, consumed):
+        self.told.append((group, task, consumed))
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as found:
+        yield found
+
+
+def in_flight(ledger, number, size=2):
+    order = Order(f"sums-{number}", "sums", number, size, 1)
+    ledger.dispatch(order)
+    return Flight.of(order, Ticket(order.id, number, 0))
+
+
+def go(ledger, scenario):
+    """Runs `scenario(flights, players)`, then stops the flights."""
+    players = Slow()
+
+    async def main():
+        flights = Flights(ledger, players, 3, {1: 0}, asyncio.Event())
+        await scenario(flights)
+        await flights.stop()
+        assert flights.playing == 0
+        return asyncio.get_running_loop().time()
+
+    return players, harness.run(main)
+
+
+async def seconds(flights, count):
+    await asyncio.sleep(count)
+    flights.collect()
+    flights.start()
+
+
+def test_what_is_called_back_before_it_began_does_not_begin(ledger):
+    async def scenario(flights):
+        flights.enter(in_flight(ledger, 0))
+        flights.start()
+        flights.hold()
+        await seconds(flights, 0.5)
+        assert flights.playing == 0 and flights.held == 1
+
+    players, now = go(ledger, scenario)
+    assert players.begun == [] and now == 0.5
+    assert ledger.trajectories("sums-0") == ()
+
+
+def test_what_is_resumed_before_its_end_is_known_is_played(ledger):
+    async def scenario(flights):
+        flights.enter(in_flight(ledger, 0))
+        flights.start()
+        flights.hold()
+        flights.resume(version=0)
+        await seconds(flights, 0.5)
+        assert flights.playing == 2
+        await seconds(flights, 10.5)
+        assert [one.id for one in flights.done] == ["sums-0"]
+
+    players, _ = go(ledger, scenario)
+    assert sorted(players.begun) == ["sums-0-0", "sums-0-1"]
+
+
+def test_what_is_resumed_while_it_still_ends_is_played_on(ledger):
+    async def scenario(flights):
+        flights.enter(in_flight(ledger, 0))
+        flights.start()
+        await asyncio.sleep(3.5)
+        flights.hold()
+        flights.resume(version=0)
+        flights.start()
+        assert flights.queued == 0 and flights.playing == 2  # each is played once
+        await seconds(flights, 1)
+        assert [len(one.turns[0].completion.ids) for one in ledger.trajectories("sums-0")] == [4, 4]
+        assert flights.playing == 2
+        await seconds(flights, 7)
+        assert [one.id for one in flights.done] == ["sums-0"] and len(flights) == 1
+
+    players, _ = go(ledger, scenario)
+    assert sorted(players.begun) == ["sums-0-0", "sums-0-0", "sums-0-1", "sums-0-1"]
+    assert all(len(one.turns[0].completion.ids) == 10 for one in ledger.trajectories("sums-0"))
+
+
+def test_a_group_that_is_given_up_ends_its_rollouts_and_counts_their_tokens(ledger):
+    async def scenario(flights):
+        one = in_flight(ledger, 0)
+        flights.enter(one)
+        flights.start()
+        await asyncio.sleep(2.5)
+        flights.give_up(one.ticket, "stale", "of long ago")
+        assert len(flights) == 0 and flights.playing == 2
+        await seconds(flights, 2)
+        assert flights.playing == 0 and flights.since.discarded == 6 and flights.since.dropped == {"stale": 1}
+
+    players, _ = go(ledger, scenario)
+    assert players.told == [("sums-0", "sums", False)] and ledger.balance().dropped == {"stale": 1}
+
+
+def test_no_more_rollouts_at_once_than_there_is_room_for(ledger):
+    async def scenario(flights):
+        for number in range(3):
+            flights.enter(in_flight(ledger, number))
+        flights.start()
+        assert (flights.playing, flights.queued) == (3, 3)
+        await seconds(flights, 10.5)
+        assert [one.id for one in flights.done] == ["sums-0"] and (flights.playing, flights.queued) == (3, 0)
+        await seconds(flights, 2.5)
+
+    go(ledger, scenario)
+    assert {one.end for number in (1, 2) for one in ledger.trajectories(f"sums-{number}")} == {
+        EndReason.DONE, EndReason.ABORTED}  # and what they had when all stopped is kept
+
+
+def test_groups_of_later_versions_wait(ledger):
+    async def scenario(flights):
+        one = in_flight(ledger, 0)
+        later = Flight.of(one.order, Ticket("sums-0", 0, version=2))
+        flights.enter(later, hold=True)
+        flights.resume(version=1)
+        assert flights.held == 1 and flights.queued == 0
+        flights.resume(version=2)
+        assert flights.held == 0 and flights.queued == 2
+
+    go(ledger, scenario)
+
+
+def test_a_batch_is_in_order_of_dispatch(ledger):
+    async def scenario(flights):
+        two = [in_flight(ledger, number, size=1) for number in range(2)]
+        for one in reversed(two):
+            flights.enter(one)
+        flights.start()
+        await seconds(flights, 10.5)
+        assert {one.id for one in flights.done} == {"sums-0", "sums-1"}
+        assert [group.id for group in flights.take(1, flights.done[::-1])] == ["sums-0", "sums-1"]
+        assert len(flights) == 0
+
+    players, _ = go(ledger, scenario)
+    assert players.told == [("sums-0", "sums", True), ("sums-1", "sums", True)]
+    assert [group.id for group in ledger.batch(1)] == ["sums-0", "sums-1"]
