@@ -23,8 +23,8 @@ import numpy as np
 from glm5_jax import ModelConfig
 from glm5_jax.model import mla
 from glm5_jax.model.dsa import IndexInputs
-from glm5_jax.model.primitives import over_queries
 import pallas_kernels
+from pallas_kernels.blocks import over_queries
 
 import measure
 from measure import Job

@@ -1,16 +1,38 @@
-"""Block sizes by target platform, and the walk over blocks of queries.
+"""Tile sizes: their records, the tuned values of `blocks.json`, and the walk over blocks of queries.
 
 B batch, T query positions.
 """
 
-from typing import Any, Callable, NamedTuple
+import functools
+from importlib import resources
+import json
+from typing import Any, Callable, Mapping, NamedTuple, TypeVar
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-# Queries that score and select together: [queries, S] float32 is the largest buffer.
-SELECTION_QUERIES = 64
+FILE = "blocks.json"
+
+Record = TypeVar("Record", bound=tuple)
+
+
+class Tiles(NamedTuple):
+    """Queries and keys of one step of a kernel's grid."""
+
+    queries: int
+    keys: int
+
+
+class SelectionBlocks(NamedTuple):
+    """How the selection is cut up in XLA's operations; [queries, S] float32 is the largest buffer.
+
+    What a CPU computes in one step has to stay within its cache.
+    """
+
+    queries: int  # that score and select together
+    scored_keys: int  # whose scores a CPU computes in one step
+    bisected_scores: int  # that a CPU bisects in one step
 
 
 class AttentionBlocks(NamedTuple):
@@ -25,12 +47,38 @@ class AttentionBlocks(NamedTuple):
     dense_up_to: int  # masked dense attention is cheaper while S is at most this many times K
     whole_batch: bool  # all sequences in one step
     ordered_scatter: bool  # equal indices of one scatter are added in a fixed order
+    gathered_as_bits: bool  # rows of 16 bits are gathered as integers: else a CPU widens all of them, then gathers
     float32_dense: bool  # masked dense products in float32: jaxlib 0.7 has no bfloat16 one of that form for a CPU
 
 
-CPU = AttentionBlocks(1 << 22, 1 << 23, 2, whole_batch=False, ordered_scatter=True, float32_dense=True)
-TPU = AttentionBlocks(1 << 28, 1 << 28, 4, whole_batch=True, ordered_scatter=True, float32_dense=False)
-GPU = AttentionBlocks(1 << 28, 1 << 28, 4, whole_batch=True, ordered_scatter=False, float32_dense=False)
+def tuned(record: type[Record], op: str, implementation: str, shapes: str = "all") -> Record:
+    """The values of `blocks.json` for an operation, its implementation and a class of shapes, as a `record`.
+
+    Raises ValueError naming the entry or its field where one is missing, unknown, or of another kind than the record's.
+    """
+    place = f"{FILE}: {op}, {implementation}, {shapes}"
+    found = _entries().get(op, {}).get(implementation, {}).get(shapes)
+    if found is None:
+        raise ValueError(f"{place}: expected an entry, found none")
+    kinds = record.__annotations__
+    if wrong := sorted(found.keys() ^ kinds.keys()):
+        raise ValueError(f"{place}: {wrong[0]}: expected the fields {', '.join(kinds)}, found {', '.join(found)}")
+    return record(**{field: _checked(f"{place}: {field}", kind, found[field]) for field, kind in kinds.items()})
+
+
+@functools.cache
+def _entries() -> Mapping[str, Any]:
+    return json.loads((resources.files("pallas_kernels") / FILE).read_text(encoding="utf-8"))
+
+
+def _checked(place: str, kind: Any, value: Any) -> Any:
+    positive = lambda x: type(x) is int and x > 0
+    if kind is bool and type(value) is bool or kind is int and positive(value):
+        return value
+    if kind == tuple[int, ...] and isinstance(value, list) and all(map(positive, value)):
+        return tuple(value)
+    what = {bool: "true or false", int: "a positive integer"}.get(kind, "a list of positive integers")
+    raise ValueError(f"{place}: expected {what}, found {value!r}")
 
 
 def over_queries(fn: Callable[..., Any], size: int, *args: Any, axis: int = 1) -> Any:

@@ -15,8 +15,9 @@ from glm5_jax.core.metrics import Mean
 from glm5_jax.model import dsa, mla, moe
 from glm5_jax.model.cache import put_layer
 from glm5_jax.model.config import LayerKind, ModelConfig
-from glm5_jax.model.primitives import Params, mlp, mlp_specs, norm_scale, over_queries, rms_norm
+from glm5_jax.model.primitives import Params, mlp, mlp_specs, norm_scale, rms_norm
 import pallas_kernels
+from pallas_kernels.blocks import over_queries
 from pallas_kernels.lightning_indexer.reference import visible
 
 COLLECTABLE = ("hidden", "index_scores", "selected", "router")

@@ -1,9 +1,9 @@
-"""Norms, rotary positions, gated feed-forward, and the walk over blocks of queries.
+"""Norms, rotary positions, gated feed-forward.
 
 B batch, T query positions, D model width, F feed-forward width, C channels.
 """
 
-from typing import Any, Callable
+from typing import Any
 
 import jax
 from jax import lax
@@ -70,27 +70,3 @@ def mlp(params: Params, x_BTD: jax.Array) -> jax.Array:
     """(silu(x Wg) * x Wu) Wd."""
     weight = lambda name: params[name].astype(x_BTD.dtype)
     return (jax.nn.silu(x_BTD @ weight("gate")) * (x_BTD @ weight("up"))) @ weight("down")
-
-
-def over_queries(fn: Callable[..., Any], chunk: int, *args: Any) -> Any:
-    """`fn(*args)` over blocks of `chunk` queries (axis 1 of every array), each recomputed in the backward pass.
-
-    Memory is that of one block. Padding rows hold zeros, or -1 in integer arrays: no segment, no selected key.
-    """
-    length = jax.tree.leaves(args)[0].shape[1]
-    if length <= chunk:
-        return fn(*args)
-    blocks = -(-length // chunk)
-
-    def split(x: jax.Array) -> jax.Array:
-        fill = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
-        widths = [(0, 0), (0, blocks * chunk - length)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, widths, constant_values=fill)
-        return jnp.moveaxis(x.reshape(x.shape[0], blocks, chunk, *x.shape[2:]), 1, 0)
-
-    def merge(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], blocks * chunk, *x.shape[3:])[:, :length]
-
-    out = lax.map(lambda block: jax.checkpoint(fn)(*block), jax.tree.map(split, args))
-    return jax.tree.map(merge, out)

@@ -20,9 +20,10 @@ from glm5_jax.core.batch import Batch
 from glm5_jax.core.metrics import Mean
 from glm5_jax.model import dsa, mla, stacks, transformer
 from glm5_jax.model.config import ModelConfig
-from glm5_jax.model.primitives import Params, over_queries, rms_norm, rope_table
+from glm5_jax.model.primitives import Params, rms_norm, rope_table
 from glm5_jax.train.step import Options
 from pallas_kernels import index_scores
+from pallas_kernels.blocks import over_queries
 from pallas_kernels.lightning_indexer.reference import visible
 from pallas_kernels.lightning_indexer.xla import best
 
@@ -96,7 +97,8 @@ def _of_layer(params: Params, config: ModelConfig, latent: jax.Array, u_BTD: jax
         mask = visible(**sight)
         p_BTS = mla.attend_dense(q, k_BSHC, v_BSHC, mask, config.qk_head_dim ** -0.5)[1].mean(1)
         distance = positions[:, :, None] - batch.positions[:, None]
-        scores = {"indexer": index_scores(index_q, index.keys_BSC, index_w, scale=1.0, **sight),
+        scores = {"indexer": index_scores(index_q, index.keys_BSC, index_w, scale=1.0, **sight,
+                                          **config.kernel_options),
                   "recency": -jnp.log1p(jnp.maximum(distance, 0).astype(jnp.float32))}
         captured = lambda by: jnp.sum(p_BTS * dsa.selection_mask(
             best(jnp.where(mask, by, -jnp.inf), config.index_topk), p_BTS.shape[-1]), -1)

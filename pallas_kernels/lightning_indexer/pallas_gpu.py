@@ -9,7 +9,7 @@ B batch, T query positions, S key positions, I indexer heads, C channels per hea
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
@@ -17,17 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels.blocks import Tiles, tuned
 from pallas_kernels.lightning_indexer.ranges import HIGHEST, LOWEST, finite, float_of, ordered, visible_tiles
 
 KEY_BUFFER = 32 << 20  # bytes of the keys of a block of queries: what the second-level cache holds beside other things
 CHUNK = 4096  # keys that one program of the selection holds at a time
-
-
-class Tiles(NamedTuple):
-    """Queries and keys of one program of the scores."""
-
-    queries: int = 128
-    keys: int = 128
 
 
 def _scores_kernel(range_ref, q_positions_ref, q_segments_ref, k_positions_ref, k_segments_ref, w_ref, q_ref, k_ref,
@@ -91,10 +85,11 @@ def _arranged(q_BTIC: jax.Array, k_BSC: jax.Array, w_BTI: jax.Array, scale: floa
 
 
 def index_scores(q_BTIC: jax.Array, k_BSC: jax.Array, w_BTI: jax.Array, q_positions: jax.Array, k_positions: jax.Array,
-                 q_segments: jax.Array, k_segments: jax.Array, *, scale: float, tiles: Tiles = Tiles(),
+                 q_segments: jax.Array, k_segments: jax.Array, *, scale: float, tiles: Tiles | None = None,
                  interpret: Any = False) -> jax.Array:
     """The scores of every pair, float32 [B, T, S], -inf where a key is not visible; see `api.index_scores`."""
     T, S = q_BTIC.shape[1], k_BSC.shape[1]
+    tiles = tiles or tuned(Tiles, "index_scores", "pallas_gpu")
     ranges = visible_tiles(q_positions, k_positions, q_segments, k_segments, *tiles)
     of_queries = [_padded(x, tiles.queries) for x in (q_positions, q_segments)]
     of_keys = [_padded(x, tiles.keys) for x in (k_positions, k_segments)]
@@ -176,11 +171,18 @@ def _select_kernel(range_ref, keys_ref, out_ref, *, top_k: int, rows: int, chunk
         plgpu.store(out_ref.at[b, t, slot], jnp.full(step, -1, jnp.int32), mask=slot >= above + wanted)
 
 
+def selection_tiles(queries: int) -> Tiles:
+    """Tiles for so many queries of a sequence; decoding has one, and tall tiles of it are nearly all padding."""
+    many, few = (tuned(Tiles, "select_topk", "pallas_gpu", shapes) for shapes in ("many queries", "few queries"))
+    return few if queries < many.queries else many
+
+
 def select_topk(q_BTIC: jax.Array, k_BSC: jax.Array, w_BTI: jax.Array, q_positions: jax.Array, k_positions: jax.Array,
-                q_segments: jax.Array, k_segments: jax.Array, *, scale: float, top_k: int, tiles: Tiles = Tiles(),
-                chunk: int = CHUNK, interpret: Any = False) -> jax.Array:
+                q_segments: jax.Array, k_segments: jax.Array, *, scale: float, top_k: int,
+                tiles: Tiles | None = None, chunk: int = CHUNK, interpret: Any = False) -> jax.Array:
     """The selection contract, int32 [B, T, top_k]; see `api.select_topk`."""
     B, T, _, _ = q_BTIC.shape
+    tiles = tiles or selection_tiles(T)
     q_BITC, k_BSC, w_BIT = _arranged(q_BTIC, _padded(k_BSC, chunk), w_BTI, scale, tiles)
     of_keys = [_padded(x, chunk) for x in (k_positions, k_segments)]
     of_queries = [_padded(x, tiles.queries) for x in (q_positions, q_segments)]

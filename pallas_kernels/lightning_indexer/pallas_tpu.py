@@ -8,7 +8,7 @@ B batch, T query positions, S key positions, I indexer heads, C channels per hea
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from pallas_kernels.blocks import Tiles, tuned
 from pallas_kernels.lightning_indexer.ranges import HIGHEST, LOWEST, finite, float_of, ordered, visible_tiles
 
 LANES, BITS = 128, 32
@@ -23,13 +24,6 @@ GROUP = LANES * BITS  # keys of one row of words: lane l of a group holds keys 3
 WINDOW = 4  # chunks of 128 slots that are searched at once: enough chains to hide the latency of a lane gather
 ROW_BUFFER = 32 << 20  # bytes of VMEM for the scores of a block of queries
 NT = (((1,), (1,)), ((), ()))  # both operands have channels last
-
-
-class Tiles(NamedTuple):
-    """Queries and keys of one grid step."""
-
-    queries: int = 256
-    keys: int = 1024
 
 
 def columns_and_rows(q_positions: jax.Array, k_positions: jax.Array, q_segments: jax.Array,
@@ -75,11 +69,12 @@ def _nearest_seen(b: jax.Array, i: jax.Array, j: jax.Array, ranges: Any) -> jax.
 
 
 def index_scores(q_BTIC: jax.Array, k_BSC: jax.Array, w_BTI: jax.Array, q_positions: jax.Array, k_positions: jax.Array,
-                 q_segments: jax.Array, k_segments: jax.Array, *, scale: float, tiles: Tiles = Tiles(),
+                 q_segments: jax.Array, k_segments: jax.Array, *, scale: float, tiles: Tiles | None = None,
                  interpret: Any = False) -> jax.Array:
     """The scores of every pair, float32 [B, T, S], -inf where a key is not visible; see `api.index_scores`."""
     B, T, I, C = q_BTIC.shape
     S = k_BSC.shape[1]
+    tiles = tiles or tuned(Tiles, "index_scores", "pallas_tpu")
     tiles = Tiles(min(tiles.queries, T), min(tiles.keys, S))
     ranges = visible_tiles(q_positions, k_positions, q_segments, k_segments, *tiles)
     q_meta, k_meta = columns_and_rows(q_positions, k_positions, q_segments, k_segments)
@@ -279,14 +274,15 @@ def selection_tiles(queries: int, keys: int) -> Tiles:
 
     Raises ValueError where not even eight rows fit.
     """
-    rows = min(128, -(-queries // 8) * 8)
+    tiles = tuned(Tiles, "select_topk", "pallas_tpu")
+    rows = min(tiles.queries, -(-queries // 8) * 8)
     groups = -(-keys // GROUP)
     while rows >= 8 and groups * GROUP * rows * 4 > ROW_BUFFER:
         rows //= 2
     if rows < 8:
         raise ValueError(f"select_topk: k_BSC: expected at most {ROW_BUFFER // 32:,} keys, so that the scores of eight "
                          f"queries fit in VMEM, found {keys:,}")
-    return Tiles(rows, 1024)
+    return tiles._replace(queries=rows)
 
 
 def select_topk(q_BTIC: jax.Array, k_BSC: jax.Array, w_BTI: jax.Array, q_positions: jax.Array, k_positions: jax.Array,
@@ -295,7 +291,7 @@ def select_topk(q_BTIC: jax.Array, k_BSC: jax.Array, w_BTI: jax.Array, q_positio
     """The selection contract, int32 [B, T, top_k]; see `api.select_topk`."""
     B, T, I, C = q_BTIC.shape
     S = k_BSC.shape[1]
-    tiles = selection_tiles(T, S) if tiles is None else tiles
+    tiles = tiles or selection_tiles(T, S)
     groups, slots = pl.cdiv(S, GROUP), pl.cdiv(top_k, LANES) * LANES
 
     def interleave(x_BSZ: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels.blocks import tuned
 from pallas_kernels.moe_dispatch.shards import result
 from pallas_kernels.moe_dispatch.tiles import bounds, grouped_visits, row_tile
 
@@ -33,9 +34,8 @@ class Blocks(NamedTuple):
 
 def blocks_of(tile: int, itemsize: int) -> Blocks:
     """Blocks for a tile height: sums stay in registers, steps in flight in shared memory, and nothing spills."""
-    if itemsize > 2:
-        return Blocks(64, 32, 8, 3)
-    return Blocks(256, 64, 8, 3) if tile == LARGEST else Blocks(128, 64, 4, 4)
+    shapes = "32 bits" if itemsize > 2 else "16 bits, full tiles" if tile == LARGEST else "16 bits"
+    return tuned(Blocks, "grouped_matmul", "pallas_gpu", shapes)
 
 
 def product(x_NK: jax.Array, w_EKM: jax.Array, group_sizes_E: jax.Array, *, interpret: Any = False) -> jax.Array:

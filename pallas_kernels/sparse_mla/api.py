@@ -58,9 +58,11 @@ def sparse_mla(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, *, 
 @functools.partial(jax.jit, static_argnames=("scale", "value_dim", "deterministic", "implementation", "interpret"))
 def _sparse_mla(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, *, scale: float, value_dim: int,
                 deterministic: bool, implementation: str | None, interpret: Any) -> tuple[jax.Array, jax.Array]:
-    forward = {"reference": reference.forward, "xla": xla.forward,
-               "pallas_tpu": pallas_tpu.forward, "pallas_gpu": pallas_gpu.forward}
-    backward = {"xla": xla.backward, "pallas_tpu": pallas_tpu.backward, "pallas_gpu": pallas_gpu.backward}
+    forward: dict[str, Callable[..., Any]] = {
+        "reference": reference.forward, "xla": xla.forward,
+        "pallas_tpu": pallas_tpu.forward, "pallas_gpu": pallas_gpu.forward}
+    backward: dict[str, Callable[..., Any]] = {
+        "xla": xla.backward, "pallas_tpu": pallas_tpu.backward, "pallas_gpu": pallas_gpu.backward}
     choose = {"shapes": {"q_BTHR": q_BTHR.shape, "kv_BSR": kv_BSR.shape, "indices_BTK": indices_BTK.shape,
                          "value_dim": (value_dim,)},
               "implementation": implementation, "interpret": interpret}

@@ -6,6 +6,7 @@ call is not split over a mesh by itself. So they are named, not chosen.
 
 from typing import Mapping
 
+from pallas_kernels.blocks import Tiles, tuned
 from pallas_kernels.sparse_mla import sparse_core
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -21,7 +22,6 @@ def refuse(implementation: str, shapes: Shapes) -> str | None:
     return None
 
 
-TILE_QUERIES = 8  # that share the tiles of keys which they touch
 MOST_GATHERED = 4096  # rows of one query that fit the memory of a TensorCore
 
 
@@ -38,8 +38,9 @@ def form_on_tpu(shapes: Shapes, dtype: str, no_sparse_cores: str | None) -> tupl
     if dtype != "bfloat16" or R > sparse_core.WIDEST or K > MOST_GATHERED:
         return "tiles", (f"at most {MOST_GATHERED} bfloat16 rows of {sparse_core.WIDEST} are gathered for a query, not "
                          f"{K} {dtype} rows of {R}")
+    together = tuned(Tiles, "sparse_mla", "pallas_tpu").queries  # they share the tiles of keys which they touch
     whole = R % sparse_core.LANES == 0
-    gathered, tiles = 4 * T * K + (0 if whole else 2 * S), (-(-T // TILE_QUERIES) + 2) * S
+    gathered, tiles = 4 * T * K + (0 if whole else 2 * S), (-(-T // together) + 2) * S
     reason = f"{gathered:,} rows are moved for a sequence, by tiles {tiles:,}"
     if not whole:
         reason += f"; a gather copies all {S:,} first, for {R} is no multiple of {sparse_core.LANES}"

@@ -56,8 +56,11 @@ def attend(q_QHR: jax.Array, words: jax.Array, indices_QK: jax.Array, *, scale: 
 
 
 def forward(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, *, scale: float, value_dim: int,
-            chip: SparseCores, interpret: Any = False) -> tuple[jax.Array, jax.Array]:
+            chip: SparseCores, gathered_bytes: int | None = None,
+            interpret: Any = False) -> tuple[jax.Array, jax.Array]:
     """See `api.sparse_mla`: the result and the log-sum-exp of the logits, float32 [B, T, H]; bfloat16 alone."""
+    at_once = gathered_bytes or blocks.tuned(blocks.AttentionBlocks, "sparse_mla", "xla", "tpu").gathered_bytes
+
     def block(kv_SR: jax.Array, q_QHR: jax.Array, indices_QK: jax.Array, first_Q: jax.Array) -> Any:
         rows_QK = jnp.where(indices_QK < 0, -1, indices_QK + first_Q[:, None])
         words = gather(kv_SR, rows_QK.reshape(-1), chip, interpret=interpret)
@@ -67,7 +70,7 @@ def forward(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, *, sca
     def batch(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array) -> tuple[jax.Array, jax.Array]:
         (B, S, R), (_, T, H, _), K = kv_BSR.shape, q_BTHR.shape, indices_BTK.shape[2]
         first_Q = jnp.repeat(jnp.arange(B, dtype=jnp.int32) * S, T)
-        queries = max(1, blocks.TPU.gathered_bytes // (K * R * kv_BSR.dtype.itemsize))
+        queries = max(1, at_once // (K * R * kv_BSR.dtype.itemsize))
         queries = 1 << queries.bit_length() - 1  # divides most lengths: to fill up a last block copies all
         out, lse = blocks.over_queries(functools.partial(block, kv_BSR.reshape(B * S, R)), queries,
                                        q_BTHR.reshape(B * T, H, R), indices_BTK.reshape(B * T, K), first_Q, axis=0)

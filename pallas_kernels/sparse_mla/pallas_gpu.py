@@ -16,6 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels.blocks import tuned
+
 NT = (((1,), (1,)), ((), ()))  # both operands have the summed axis last
 TN = (((0,), (0,)), ((), ()))  # both operands have the summed axis first
 ROW_GRADIENTS = 512 << 20  # bytes of the gradients of gathered rows that are kept at a time
@@ -35,9 +37,6 @@ class Tiles(NamedTuple):
         """For so many heads; in float32, whose rows are twice as long, half as many at a time."""
         heads = min(self.heads * 2 // dtype.itemsize, pl.next_power_of_2(heads))
         return self._replace(heads=max(SMALLEST, heads))
-
-
-FORWARD, BACKWARD = Tiles(64, 16), Tiles(32, 32)
 
 
 class Columns(NamedTuple):
@@ -223,14 +222,14 @@ def _chunks(indices_BTK: jax.Array, tiles: Tiles) -> tuple[jax.Array, jax.Array]
 
 
 def forward(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, *, scale: float, value_dim: int,
-            tiles: Tiles = FORWARD, interpret: Any = False) -> tuple[jax.Array, jax.Array]:
+            tiles: Tiles | None = None, interpret: Any = False) -> tuple[jax.Array, jax.Array]:
     """See `api.sparse_mla`: the result and the log-sum-exp of the logits, float32 [B, T, H].
 
     Where there are too few queries to fill the GPU, as in decoding, the keys of a query are divided among programs.
     """
     B, T, H, R = q_BTHR.shape
     K = indices_BTK.shape[2]
-    tiles = tiles.fitting(H, q_BTHR.dtype)
+    tiles = (tiles or tuned(Tiles, "sparse_mla", "pallas_gpu", "forward")).fitting(H, q_BTHR.dtype)
     programs = B * T * pl.cdiv(H, tiles.heads)
     parts = max(1, min(PROGRAMS // programs, K // (8 * tiles.keys)))
     width = pl.cdiv(pl.cdiv(K, parts), tiles.keys) * tiles.keys
@@ -253,12 +252,12 @@ def forward(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, *, sca
 
 
 def backward(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, lse_BTH: jax.Array, d_out: jax.Array,
-             delta_BTH: jax.Array, *, scale: float, value_dim: int, deterministic: bool, tiles: Tiles = BACKWARD,
+             delta_BTH: jax.Array, *, scale: float, value_dim: int, deterministic: bool, tiles: Tiles | None = None,
              interpret: Any = False) -> tuple[jax.Array, jax.Array]:
     """The gradients of q, in its dtype, and of kv, float32; `delta` is sum(d_out * out) less the gradient of lse."""
     B, T, H, R = q_BTHR.shape
     S, K = kv_BSR.shape[1], indices_BTK.shape[2]
-    tiles = tiles.fitting(H, q_BTHR.dtype)
+    tiles = (tiles or tuned(Tiles, "sparse_mla", "pallas_gpu", "backward")).fitting(H, q_BTHR.dtype)
     options = dict(heads=H, scale=scale, tiles=tiles, value_dim=value_dim)
 
     def arguments(q, indices, lse, d_out, delta) -> tuple[jax.Array, ...]:

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from pallas_kernels.blocks import Tiles, tuned
 from pallas_kernels.sparse_mla import choice, gathered, sparse_core
 
 _log = logging.getLogger(__name__)
@@ -29,13 +30,6 @@ LANES = 128
 NT = (((1,), (1,)), ((), ()))  # both operands have the summed axis last
 TN = (((0,), (0,)), ((), ()))  # both operands have the summed axis first
 VMEM = 64 << 20
-
-
-class Tiles(NamedTuple):
-    """Queries and keys of one grid step; `keys` is a multiple of 128."""
-
-    queries: int = choice.TILE_QUERIES
-    keys: int = 1024
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: Any = (((1,), (0,)), ((), ()))) -> jax.Array:
@@ -210,7 +204,7 @@ _PARAMETERS = dict(dimension_semantics=("parallel", "parallel", "arbitrary"), vm
 
 
 def forward(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, *, scale: float, value_dim: int,
-            tiles: Tiles = Tiles(), interpret: Any = False) -> tuple[jax.Array, jax.Array]:
+            tiles: Tiles | None = None, interpret: Any = False) -> tuple[jax.Array, jax.Array]:
     """See `api.sparse_mla`: the result and the log-sum-exp of the logits, float32 [B, T, H]."""
     chip = "interpreted" if interpret else sparse_core.of_target()
     shapes = {"q_BTHR": q_BTHR.shape, "kv_BSR": kv_BSR.shape, "indices_BTK": indices_BTK.shape}
@@ -219,6 +213,7 @@ def forward(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, *, sca
     if form == "gathered":
         return gathered.forward(q_BTHR, kv_BSR, indices_BTK, scale=scale, value_dim=value_dim, chip=chip)
     B, T, H, R = q_BTHR.shape
+    tiles = tiles or tuned(Tiles, "sparse_mla", "pallas_tpu")
     x = _arrange(q_BTHR, kv_BSR, indices_BTK, tiles)
     grid, of_rows, of_queries, of_keys, offsets = _specs(H, tiles, x, keys_outside=False)
     N, chunks = x.q_BNR.shape[1], x.kv_BSR.shape[1] // LANES
@@ -239,7 +234,7 @@ def forward(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, *, sca
 
 
 def backward(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, lse_BTH: jax.Array, d_out: jax.Array,
-             delta_BTH: jax.Array, *, scale: float, value_dim: int, deterministic: bool, tiles: Tiles = Tiles(),
+             delta_BTH: jax.Array, *, scale: float, value_dim: int, deterministic: bool, tiles: Tiles | None = None,
              interpret: Any = False) -> tuple[jax.Array, jax.Array]:
     """The gradients of q, in its dtype, and of kv, float32; `delta` is sum(d_out * out) less the gradient of lse.
 
@@ -248,6 +243,7 @@ def backward(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, lse_B
     """
     B, T, H, R = q_BTHR.shape
     S = kv_BSR.shape[1]
+    tiles = tiles or tuned(Tiles, "sparse_mla", "pallas_tpu")
     x = _arrange(q_BTHR, kv_BSR, indices_BTK, tiles)
     N, chunks = x.q_BNR.shape[1], x.kv_BSR.shape[1] // LANES
     d_out_BNV = _fill(d_out, 1, tiles.queries).reshape(B, N, value_dim).astype(q_BTHR.dtype)

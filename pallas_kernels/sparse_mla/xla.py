@@ -25,19 +25,20 @@ class Keys(NamedTuple):
 
 
 def forward(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, *, scale: float,
-            value_dim: int) -> tuple[jax.Array, jax.Array]:
+            value_dim: int, sizes: AttentionBlocks | None = None) -> tuple[jax.Array, jax.Array]:
     """See `api.sparse_mla`: the result and the log-sum-exp of the logits, float32 [B, T, H]."""
     def sequence(sizes: AttentionBlocks, q_THR: jax.Array, kv_SR: jax.Array, indices_TK: jax.Array) -> Any:
         queries, keys_of = _plan(sizes, q_THR, kv_SR, indices_TK)
         query = lambda q_HR, indices_K: _attend(q_HR, keys_of(indices_K), scale)
         return blocks.over_queries(jax.vmap(query), queries, q_THR, indices_TK, axis=0)
 
-    out_BTHR, lse_BTH = _each_sequence(sequence, q_BTHR, kv_BSR, indices_BTK)
+    out_BTHR, lse_BTH = _each_sequence(sequence, sizes, q_BTHR, kv_BSR, indices_BTK)
     return out_BTHR[..., :value_dim].astype(q_BTHR.dtype), lse_BTH
 
 
 def backward(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, lse_BTH: jax.Array, d_out: jax.Array,
-             delta_BTH: jax.Array, *, scale: float, value_dim: int, deterministic: bool) -> tuple[jax.Array, jax.Array]:
+             delta_BTH: jax.Array, *, scale: float, value_dim: int, deterministic: bool,
+             sizes: AttentionBlocks | None = None) -> tuple[jax.Array, jax.Array]:
     """The gradients of q, in its dtype, and of kv, float32; `delta` is sum(d_out * out) less the gradient of lse."""
     def sequence(sizes: AttentionBlocks, q_THR: jax.Array, kv_SR: jax.Array, *others: jax.Array) -> Any:
         indices_TK = others[0]
@@ -56,17 +57,20 @@ def backward(q_BTHR: jax.Array, kv_BSR: jax.Array, indices_BTK: jax.Array, lse_B
         return blocks.merge(d_q, len(q_THR)), d_kv_SR
 
     d_out = jnp.pad(d_out, [(0, 0)] * 3 + [(0, q_BTHR.shape[-1] - value_dim)])
-    return _each_sequence(sequence, q_BTHR, kv_BSR, indices_BTK, lse_BTH, d_out, delta_BTH)
+    return _each_sequence(sequence, sizes, q_BTHR, kv_BSR, indices_BTK, lse_BTH, d_out, delta_BTH)
 
 
-def _each_sequence(fn: Callable[..., Any], *args: jax.Array) -> Any:
-    """`fn(sizes, *args)` of every sequence, with the block sizes of the platform that is compiled for."""
+def _each_sequence(fn: Callable[..., Any], sizes: AttentionBlocks | None, *args: jax.Array) -> Any:
+    """`fn(sizes, *args)` of every sequence, with the given sizes or those of the platform that is compiled for."""
     def on(sizes: AttentionBlocks) -> Callable[..., Any]:
-        if sizes.whole_batch:
+        if sizes.whole_batch or args[0].shape[1] == 1:  # decoding: the sequences are the only block there is
             return lambda *args: jax.vmap(lambda *each: fn(sizes, *each))(*args)
         return lambda *args: lax.map(lambda each: fn(sizes, *each), args)
 
-    return lax.platform_dependent(*args, cpu=on(blocks.CPU), tpu=on(blocks.TPU), default=on(blocks.GPU))
+    if sizes is not None:
+        return on(sizes)(*args)
+    cpu, tpu, cuda = (on(blocks.tuned(AttentionBlocks, "sparse_mla", "xla", name)) for name in ("cpu", "tpu", "cuda"))
+    return lax.platform_dependent(*args, cpu=cpu, tpu=tpu, default=cuda)
 
 
 def _dense(sizes: AttentionBlocks, kv_SR: jax.Array, indices_TK: jax.Array) -> bool:
@@ -78,7 +82,7 @@ def _plan(sizes: AttentionBlocks, q_THR: jax.Array, kv_SR: jax.Array,
     """Queries per block, and what makes the keys of one query from its indices."""
     if not _dense(sizes, kv_SR, indices_TK):
         row_bytes = kv_SR.shape[-1] * kv_SR.dtype.itemsize
-        return max(1, sizes.gathered_bytes // (indices_TK.shape[-1] * row_bytes)), lambda i: _gather(kv_SR, i)
+        return max(1, sizes.gathered_bytes // (indices_TK.shape[-1] * row_bytes)), lambda i: _gather(sizes, kv_SR, i)
     # A row that is not finite must reach those that selected it, and no other by way of a product with zero.
     finite_S = jnp.isfinite(kv_SR).all(-1)
     rows_SR, offset_S = jnp.where(finite_S[:, None], kv_SR, 0), jnp.where(finite_S, 0.0, jnp.nan)
@@ -92,10 +96,16 @@ def _plan(sizes: AttentionBlocks, q_THR: jax.Array, kv_SR: jax.Array,
     return max(1, sizes.logits_bytes // (4 * q_THR.shape[1] * len(kv_SR))), mark
 
 
-def _gather(kv_SR: jax.Array, indices_K: jax.Array) -> Keys:
+def _gather(sizes: AttentionBlocks, kv_SR: jax.Array, indices_K: jax.Array) -> Keys:
+    dtype = kv_SR.dtype
+    if sizes.gathered_as_bits and dtype.itemsize == 2:
+        # The barrier leaves this to each step: XLA would else make the bits of all rows before the first.
+        kv_SR, indices_K = lax.optimization_barrier((kv_SR, indices_K))
+        kv_SR = lax.bitcast_convert_type(kv_SR, jnp.uint16)
     present_K = indices_K >= 0
     rows_KR = kv_SR.at[jnp.maximum(indices_K, 0)].get(mode="promise_in_bounds")
     rows_KR = jnp.where(present_K[:, None], rows_KR, 0)  # whatever row 0 holds
+    rows_KR = rows_KR if rows_KR.dtype == dtype else lax.bitcast_convert_type(rows_KR, dtype)
     return Keys(rows_KR, present_K, jnp.zeros(indices_K.shape, jnp.float32))
 
 

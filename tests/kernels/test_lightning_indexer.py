@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels.blocks import SelectionBlocks
 from pallas_kernels.lightning_indexer import reference, xla
 from tests.kernels.harness import (
     IMPLEMENTATIONS, SCALE, assert_close, indexed, numerical_gradient, run_with, scores_of, selection_of)
@@ -173,6 +174,14 @@ def test_every_way_of_selecting(best, top_k):
     scores = np.random.default_rng(0).choice(values, (2, 7, 300))
     scores[0, 0], scores[0, 1], scores[1, 0] = -np.inf, np.nan, 0
     np.testing.assert_array_equal(jax.jit(best, static_argnums=1)(scores, top_k), selection_of(scores, top_k))
+
+
+@pytest.mark.parametrize("change", [lambda case: case, packed, left_padded, with_nan])
+def test_selection_in_blocks_of_queries_and_keys(change):
+    """Neither divides what it cuts."""
+    case = change(indexed(5, 11))
+    selection = lambda case: case.call(xla.select_topk, scale=SCALE, top_k=4, blocks=SelectionBlocks(2, 4, 1))
+    np.testing.assert_array_equal(jax.jit(selection)(case), selection_of(scores_of(case), 4))
 
 
 def test_no_buffer_of_all_pairs():

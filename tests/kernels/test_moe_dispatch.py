@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch as choices
+from pallas_kernels.blocks import tuned
 from pallas_kernels.moe_dispatch import pallas_gpu, pallas_tpu, tiles, xla
 from pallas_kernels.moe_dispatch.api import grouped_matmul
 from pallas_kernels.moe_dispatch.permute import combine, dispatch, sort_by_expert
@@ -77,6 +78,19 @@ def test_product_and_gradients_by_hand(implementation, load):
     # What lies beyond the groups is nobody's: NaN there may reach neither the product nor a gradient.
     x, ct = (array.at[sum(sizes):].set(jnp.nan) for array in (x, ct))
     assert_all_close(with_gradients(implementation, x, w, ct, sizes), wanted)
+
+
+@pytest.mark.parametrize("load", LOADS, ids=lambda name: name.replace(" ", "-"))
+def test_tiles_of_several_heights(load):
+    """All of each height at first, then ever lower ones; what lies beyond the groups is NaN."""
+    sizes = LOADS[load]
+    x, w, ct = drawn(ROWS, 24, 40, len(sizes))
+    wanted = by_hand(x, w, ct, sizes)
+    x, ct = (array.at[sum(sizes):].set(jnp.nan) for array in (x, ct))
+    product, transposed, outer = (functools.partial(one, heights=(12, 8, 7, 2)) for one in (
+        xla.product, xla.product_transposed, xla.outer))
+    run = jax.jit(lambda x, w, ct, sizes: (product(x, w, sizes), transposed(ct, w, sizes), outer(x, ct, sizes)))
+    assert_all_close(run(x, w, ct, jnp.asarray(sizes, jnp.int32)), wanted)
 
 
 @pytest.mark.parametrize("implementation", choices.IMPLEMENTATIONS)
@@ -228,11 +242,16 @@ def spent(name, rows, groups, sizes, depth=6144, width=2048):
         tile = tiles.row_tile(rows, groups, pallas_gpu.SMALLEST, pallas_gpu.LARGEST_SUMMED)
         yield (-(-sizes // tile)).sum() * tile
     else:
-        tile = tiles.row_tile(rows, groups, xla.SMALLEST, xla.LARGEST)
-        yield (-(-sizes // tile)).sum() * tile
+        heights = xla.heights_of(rows, groups, tuned(xla.RowTiles, "grouped_matmul", "xla", name))
+        total, rest = 0, sizes
+        for height, lower in zip(heights, (*heights[1:], 0)):
+            count = np.maximum(-(-(rest - lower) // height), 0)
+            total, rest = total + count.sum() * height, rest - count * height
+        assert (rest <= 0).all()
+        yield total
 
 
-@pytest.mark.parametrize("name", ["xla", "pallas_tpu", "pallas_gpu"])
+@pytest.mark.parametrize("name", ["cpu", "elsewhere", "pallas_tpu", "pallas_gpu"])
 @pytest.mark.parametrize("kind", ["even", "zipf", "one"])
 @pytest.mark.parametrize("rows", [1024, 8192, 32768])
 def test_tiles_spend_at_most_half_more_than_is_useful(name, kind, rows):

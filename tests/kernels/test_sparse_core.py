@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import blocks
 from pallas_kernels.sparse_mla import choice, gathered, pallas_tpu, sparse_core
 from pallas_kernels.sparse_mla.sparse_core import ROWS, SparseCores
 from tests.kernels.harness import MLA, assert_close, attention_of, selected
@@ -65,10 +64,10 @@ def test_no_buffer_is_used_before_its_time(capfd):
 
 @pytest.mark.parametrize("case", [selected(5, 23, 4), selected(3, 6, 18), selected(1, 9, 3, batch=3, heads=1)],
                          ids=["few of many", "more than there are", "one query"])
-def test_attention_over_gathered_rows(monkeypatch, case):
-    monkeypatch.setattr(blocks, "TPU", blocks.TPU._replace(gathered_bytes=4 * 16 * 128 * 2))  # of four queries
+def test_attention_over_gathered_rows(case):
     q, kv = (jnp.asarray(x, jnp.bfloat16) for x in case[:2])
-    out, lse = gathered.forward(q, kv, jnp.asarray(case.indices_BTK), chip=CHIP, interpret=True, **MLA)
+    out, lse = gathered.forward(q, kv, jnp.asarray(case.indices_BTK), chip=CHIP, interpret=True, **MLA,
+                                gathered_bytes=4 * 16 * 128 * 2)  # of four queries
     expected = attention_of(np.asarray(q, np.float64), np.asarray(kv, np.float64), case.indices_BTK, **MLA)
     assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
     for found, slow in zip((out, lse), expected):

@@ -1,5 +1,7 @@
 """Attention over selected rows, every implementation against dense float64 NumPy and its numerical gradient."""
 
+import functools
+
 import jax
 from jax import lax
 from jax.experimental import checkify
@@ -9,6 +11,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import blocks
+from pallas_kernels.sparse_mla import xla
 from tests.kernels.harness import (
     IMPLEMENTATIONS, MLA, Selected, assert_close, attention_of, numerical_gradient, run_with, selected)
 
@@ -60,7 +63,8 @@ def slow_gradients(case):
 
 
 @everywhere
-@pytest.mark.parametrize("name, dtype", [(name, "float32") for name in CASES] + [("half of all", "bfloat16")])
+@pytest.mark.parametrize("name, dtype", [(name, "float32") for name in CASES] +
+                         [("half of all", "bfloat16"), ("few of many", "bfloat16")])
 def test_forward_and_gradient(name, dtype, implementation):
     case = rounded(CASES[name], dtype)
     (out, lse), (d_q, d_kv) = both(case, dtype, implementation=implementation)
@@ -77,11 +81,13 @@ def test_forward_and_gradient(name, dtype, implementation):
 
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("name", ["few of many", "half of all"])
-@pytest.mark.parametrize("sizes", [
-    blocks.CPU, blocks.TPU, blocks.GPU, blocks.GPU._replace(gathered_bytes=200, dense_up_to=1),
-    blocks.GPU._replace(logits_bytes=200, dense_up_to=100)], ids=["cpu", "tpu", "gpu", "gathered", "dense"])
-def test_every_way_of_cutting_up_is_the_same(monkeypatch, sizes, name, deterministic):
-    monkeypatch.setattr(blocks, "CPU", sizes)
+@pytest.mark.parametrize("platform, changed", [
+    ("cpu", {}), ("tpu", {}), ("cuda", {}), ("cuda", {"gathered_bytes": 200, "dense_up_to": 1}),
+    ("cuda", {"logits_bytes": 200, "dense_up_to": 100})], ids=["cpu", "tpu", "cuda", "gathered", "dense"])
+def test_every_way_of_cutting_up_is_the_same(monkeypatch, platform, changed, name, deterministic):
+    sizes = blocks.tuned(blocks.AttentionBlocks, "sparse_mla", "xla", platform)._replace(**changed)
+    for function in ("forward", "backward"):
+        monkeypatch.setattr(xla, function, functools.partial(getattr(xla, function), sizes=sizes))
     jax.clear_caches()
     case = CASES[name]
     (out, _), gradients = both(case, implementation="xla", deterministic=deterministic)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from glm5_jax.model import dsa, mla
-from glm5_jax.model.primitives import over_queries, rope_table, rotate
+from glm5_jax.model.primitives import rope_table, rotate
 from pallas_kernels import sparse_mla
+from pallas_kernels.blocks import over_queries
 from tests.model import reference
 from tests.model.reference import MICRO
 

@@ -62,6 +62,15 @@ def test_rows_with_nothing_to_select_do_not_count():
         found, is_leaf=lambda x: hasattr(x, "count")))
 
 
+def test_the_config_names_the_kernels(monkeypatch):
+    asked, scores = [], dsa_adapt.index_scores
+    monkeypatch.setattr(dsa_adapt, "index_scores", lambda *arrays, **options: asked.append(options["implementation"])
+                        or scores(*arrays, **options))
+    config = MICRO.replace(kernels="reference")
+    jax.eval_shape(lambda params: dsa_adapt.agreement(params, config, batch()), random_params(MICRO))
+    assert asked == ["reference"] * config.num_hidden_layers
+
+
 def test_the_two_stages():
     options = Options(router_bias_rate=0.1, mtp_steps=2)
     first, second = dsa_adapt.warmup(options), dsa_adapt.sparse(options)

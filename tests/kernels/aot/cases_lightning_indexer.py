@@ -7,13 +7,19 @@ from pallas_kernels.lightning_indexer import pallas_gpu, pallas_tpu
 from targets import Target
 
 
-def arguments(queries: int, keys: int) -> tuple:
-    return (array((1, queries, 32, 128), BF16), array((1, keys, 128), BF16), array((1, queries, 32), F32),
-            array((1, queries), I32), array((1, keys), I32), array((1, queries), I32), array((1, keys), I32))
+def arguments(queries: int, keys: int, batch: int = 1) -> tuple:
+    return (array((batch, queries, 32, 128), BF16), array((batch, keys, 128), BF16), array((batch, queries, 32), F32),
+            array((batch, queries), I32), array((batch, keys), I32), array((batch, queries), I32),
+            array((batch, keys), I32))
 
 
 def operation(function, **options):
     return functools.partial(function, scale=128 ** -0.5, **options)
+
+
+def decoding_limits(target: Target) -> dict[str, float]:
+    """No spills, and scores of 16 queries for the one of each of 128 sequences, with a copy of its filled-up query."""
+    return no_spills("index_keys", "select_keys")(target) | {"temporaries": 128 * 16 * (4 * 131072 + 2 * 2 * 32 * 128)}
 
 
 def scores_limits(target: Target) -> dict[str, float]:
@@ -30,4 +36,6 @@ CASES = (
          limits=no_spills("index_scores")),
     Case("select_topk 4096 x 32768", "cuda", operation(pallas_gpu.select_topk, top_k=2048), arguments(4096, 32768),
          limits=no_spills("index_keys", "select_keys")),
+    Case("select_topk, decoding 128 x 131072", "cuda", operation(pallas_gpu.select_topk, top_k=2048),
+         arguments(1, 131072, batch=128), limits=decoding_limits),
 )
