@@ -9,12 +9,10 @@ made of other maxima come back within 2^-8, with the same e4m3 weights.
 import dataclasses
 from typing import Iterator
 
-import ml_dtypes
 import numpy as np
 
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-LARGEST = np.float32(448)
-BLOCK = (128, 128)
+from glm5_jax.core.fp8 import BLOCK, E4M3, LARGEST
+
 SCALE = "_scale_inv"  # added to the name of the weight
 # Matrices of the layers that stay as they are: the release quantises every other one.
 KEPT = ("mlp.gate.weight", "indexer.weights_proj.weight", "eh_proj.weight")

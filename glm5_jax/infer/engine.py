@@ -6,18 +6,18 @@ its sampling and how its prompt was cut into chunks: on no other request.
 """
 
 import collections
+import contextlib
 import dataclasses
-from typing import Any, Hashable, Literal, Sequence
+from typing import Any, cast, ContextManager, Hashable, Literal, Sequence
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from glm5_jax.core.params import path_name
 from glm5_jax.infer import slots as device
 from glm5_jax.infer.fp8 import quantised
 from glm5_jax.infer.request import RequestTooLong, Result, Sampling
-from glm5_jax.model.cache import init_cache
 from glm5_jax.model.config import ModelConfig
 from glm5_jax.records import Completion, StopReason
 
@@ -62,6 +62,7 @@ class _Slot:
     session: Hashable | None = None
     left_at: int = 0
     spoiled: bool = False
+    cut_back: bool = False  # and nothing fed since
 
     @property
     def ready(self) -> bool:
@@ -76,8 +77,11 @@ class _Slot:
         differ = np.flatnonzero(self.ids[:count] != request.ids[:count])
         return int(differ[0]) if len(differ) else count
 
-    def take(self, request: _Request) -> None:
-        self.held = request.reused = self.reusable(request)
+    def take(self, request: _Request, drafts: int) -> None:
+        """A row that is cut back is fed its last `drafts` tokens anew, for the MTP layer to know them."""
+        held = self.reusable(request)
+        self.cut_back |= held < self.held
+        self.held = request.reused = max(held - drafts, 0) if self.cut_back else held
         self.length = len(request.ids)
         self.ids[:self.length] = request.ids
         self.request, self.session = request, request.session
@@ -99,29 +103,35 @@ class Engine:
     """Continuous batching over a fixed set of slots, each with room for `max_len` tokens.
 
     `chunk` is how many tokens of a prompt are fed at once, `block` how many rounds of drawing pass between two looks of
-    the host; with `drafts` a round draws one token and as many more as the MTP layer guessed right, up to `drafts`. The
-    cache is made once, of `slots.cache_bytes(config, slots, max_len, drafts)`, and never grows. Weights are used where
-    they lie: who donates them to a training step hands over a copy. With `fp8` they are quantised (see `infer.fp8`)
-    here and at every push, and `quantisation_error` says how far they are from what was handed over. Not for several
-    threads.
+    the host; with `drafts` a round draws one token and as many more as the MTP layer guessed right, up to `drafts`,
+    which `chunk` may not be less than. The cache is made once, of `slots.cache_bytes(config, slots, max_len, drafts)`,
+    and never grows. Weights are used where they lie: who donates them to a training step hands over a copy. Those on a
+    mesh make the engine run on it, with the slots split as `config.sharding` splits a batch; a prompt is fed by all
+    devices. With `fp8` weights are quantised (see `infer.fp8`) here and at every push, and `quantisation_error` says
+    how far they are from what was handed over. Not for several threads. Raises ValueError naming what is out of range,
+    and where the mesh does not fit.
     """
 
     def __init__(self, params: Any, config: ModelConfig, *, slots: int, max_len: int, chunk: int = 128, block: int = 16,
                  drafts: int = 0, fp8: bool = False, version: int = 0):
-        for name, value, least in (("slots", slots, 1), ("max_len", max_len, 2), ("chunk", chunk, 1),
+        self.config, self.max_len, self.version = device.adapted(config, drafts), max_len, version
+        for name, value, least in (("slots", slots, 1), ("max_len", max_len, 2), ("chunk", chunk, max(drafts, 1)),
                                    ("block", block, 1), ("version", version, 0)):
             if value < least:
                 raise ValueError(f"Engine: {name}: expected at least {least}, found {value}")
-        self.config, self.max_len, self.version = device.adapted(config, drafts), max_len, version
         self._chunk, self._block, self._fp8 = min(chunk, max_len), block, fp8
         params = jax.device_put(params)
         self._given = jax.eval_shape(lambda: params)
         # Placed once and for all: an argument that moves between devices would be compiled for anew.
         self._placement = jax.tree.map(lambda x: x.sharding, params)
+        sharding = jax.tree.leaves(self._placement)[0]
+        self._mesh = cast(Mesh, sharding.mesh) if isinstance(sharding, NamedSharding) else None
+        if self._mesh is not None:
+            device.check_mesh(self.config, self._mesh, slots, fp8)
         self._take_weights(params)
-        self._drafts = jax.device_put(np.zeros((slots, drafts), np.int32), self._everywhere)
+        self._drafts: Any = np.zeros((slots, drafts), np.int32)
         self._cache: Any = None
-        self._empty_cache(slots)
+        self._empty_cache()
         self._slots = [_Slot(np.zeros(max_len, np.int32)) for _ in range(slots)]
         self._waiting: collections.deque[_Request] = collections.deque()
         self._results: list[Result] = []
@@ -184,14 +194,15 @@ class Engine:
         if self._paused:
             return False
         self._admit()
-        for index, slot in enumerate(self._slots):
-            if slot.spoiled and slot.request is not None:
-                self._cache = device.cleared(self._cache, np.int32(index))
-                slot.spoiled = False
-            if slot.request is not None and not slot.ready:
-                self._feed(index, slot)
-        if any(slot.ready for slot in self._slots):
-            self._draw()
+        with self._on_mesh():
+            for index, slot in enumerate(self._slots):
+                if slot.spoiled and slot.request is not None:
+                    self._cache = device.cleared(self.config, self._cache, np.int32(index))
+                    slot.spoiled = False
+                if slot.request is not None and not slot.ready:
+                    self._feed(index, slot)
+            if any(slot.ready for slot in self._slots):
+                self._draw()
         return self.running > 0 or self.waiting > 0
 
     def results(self) -> list[Result]:
@@ -242,7 +253,7 @@ class Engine:
         if cache not in ("keep", "recompute"):
             raise ValueError(f"cache: expected 'keep' or 'recompute', found {cache!r}")
         if self._stale and cache == "recompute":
-            self._empty_cache(len(self._slots))
+            self._empty_cache()
             for slot in self._slots:
                 slot.held = 0
             self._stale = False
@@ -254,31 +265,32 @@ class Engine:
             self._params, error = quantised(self.config, self._params)
             self.quantisation_error = float(error)
 
-    def _empty_cache(self, slots: int) -> None:
+    def _empty_cache(self) -> None:
         """Not only cut back: where the weights gave NaN, rows would keep it, and 0 times NaN is NaN."""
         self._cache = None  # freed before the next one is made
-        self._cache = jax.device_put(init_cache(self.config, slots, self.max_len), self._everywhere)
+        with self._on_mesh():
+            made = device.empty(self.config, *self._drafts.shape, self.max_len)
+        if self._mesh is None:
+            made = jax.device_put(made, jax.tree.leaves(self._placement)[0])
+        self._cache, self._drafts = made
 
-    @property
-    def _everywhere(self) -> Any:
-        """Where the weights lie, on each device whole."""
-        one = jax.tree.leaves(self._placement)[0]
-        return NamedSharding(one.mesh, PartitionSpec()) if isinstance(one, NamedSharding) else one
+    def _on_mesh(self) -> ContextManager:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def _admit(self) -> None:
         """First come, first served: in its session's slot, in one that nobody will ask for again, in the oldest."""
         while self._waiting and (idle := [slot for slot in self._slots if slot.request is None]):
             request = self._waiting.popleft()
             slot = max(idle, key=lambda slot: (slot.reusable(request), slot.session is None, -slot.left_at))
-            slot.take(request)
+            slot.take(request, self._drafts.shape[1])
 
     def _feed(self, index: int, slot: _Slot) -> None:
         count = min(self._chunk, slot.length - 1 - slot.held)
         tokens = np.zeros(self._chunk, np.int32)
         tokens[:count] = slot.ids[slot.held:slot.held + count]
         self._cache = device.prefill(self._params, self.config, self._cache, np.int32(index), np.int32(slot.held),
-                                     tokens, np.int32(count), self._drafts.shape[1])
-        slot.held += count
+                                     tokens, np.int32(count), np.bool_(slot.cut_back), self._drafts.shape[1])
+        slot.held, slot.cut_back = slot.held + count, False
 
     def _draw(self) -> None:
         rows = device.rows_of([slot.row() for slot in self._slots])

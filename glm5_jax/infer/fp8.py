@@ -12,13 +12,11 @@ from typing import Any
 from flax import struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from glm5_jax.core.fp8 import BLOCK, E4M3, LARGEST
 from glm5_jax.core.params import is_spec, ParamSpec, path_name
 from glm5_jax.model.config import ModelConfig
 from glm5_jax.model.transformer import param_specs
-
-E4M3, LARGEST, BLOCK = jnp.float8_e4m3fn, 448, 128
 
 
 class Fp8(struct.PyTreeNode):
@@ -43,7 +41,7 @@ def quantised(config: ModelConfig, params: Any) -> tuple[Any, jax.Array]:
     """The parameters with `Fp8` in the place of every matrix that is quantised, and the root mean square error of these
     over their own root mean square, float32 []."""
     # An argument, since a division by a constant is compiled to a product with its reciprocal: one bit away.
-    return _quantised(config, params, np.float32(LARGEST))
+    return _quantised(config, params, LARGEST)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -84,9 +82,9 @@ def _quantise(weight: jax.Array, rows: int, columns: int, limit: jax.Array) -> F
     """A scale is max|w| / 448 of its block, 1 where all is zero."""
     folded = _folded(weight, rows, columns).astype(jnp.float32)
     *stack, height, width = folded.shape
-    blocks = [-(-size // BLOCK) for size in (height, width)]
-    room = [(0, 0)] * len(stack) + [(0, count * BLOCK - size) for count, size in zip(blocks, (height, width))]
-    padded = jnp.pad(jnp.abs(folded), room).reshape(*stack, blocks[0], BLOCK, blocks[1], BLOCK)
+    room = [(0, 0)] * len(stack) + [(0, -size % step) for size, step in zip((height, width), BLOCK)]
+    padded = jnp.pad(jnp.abs(folded), room)
+    padded = padded.reshape(*stack, padded.shape[-2] // BLOCK[0], BLOCK[0], -1, BLOCK[1])
     largest = padded.max((-3, -1))
     scale = jnp.where(largest > 0, jnp.maximum(largest / limit, jnp.finfo(jnp.float32).tiny), 1)
     values = jnp.clip(folded / _spread(scale, folded.shape), -limit, limit).astype(E4M3)
@@ -101,5 +99,5 @@ def _folded(x: jax.Array, rows: int, columns: int) -> jax.Array:
 
 def _spread(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The scale of every element."""
-    wide = jnp.repeat(jnp.repeat(scale, BLOCK, -2), BLOCK, -1)
+    wide = jnp.repeat(jnp.repeat(scale, BLOCK[0], -2), BLOCK[1], -1)
     return wide[..., :shape[-2], :shape[-1]]

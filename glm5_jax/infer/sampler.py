@@ -1,6 +1,6 @@
 """Sampling: from logits to a token, and `generate`, which samples whole completions in one compiled program.
 
-B batch, T prompt positions, N new tokens, V vocabulary.
+B batch, T prompt positions, N new tokens or rows to draw for, V vocabulary.
 """
 
 import functools
@@ -15,6 +15,8 @@ import numpy as np
 from glm5_jax.model.cache import Cache, init_cache
 from glm5_jax.model.config import ModelConfig
 from glm5_jax.model.transformer import forward, unembed
+
+LANES = 64  # of a block of the vocabulary
 
 
 @struct.dataclass
@@ -47,8 +49,48 @@ def _cut(log_p: jax.Array, top_p_B1: jax.Array, top_k_B1: jax.Array) -> jax.Arra
     mass = jax.nn.softmax(jnp.where(among, jnp.take_along_axis(log_p, ranked, -1), -jnp.inf))
     mass_before = jnp.pad(jnp.cumsum(mass, -1), ((0, 0), (1, 0)))[:, :-1]
     kept_ranked = (among & ((mass_before < top_p_B1) | (top_p_B1 == 1))).at[:, 0].set(True)
-    kept = jnp.take_along_axis(kept_ranked, jnp.argsort(ranked, axis=-1), -1)
+    kept = jnp.put_along_axis(kept_ranked, ranked, kept_ranked, -1, inplace=False)
     return jax.nn.log_softmax(jnp.where(kept, log_p, -jnp.inf))
+
+
+def most_likely(logits_NV: jax.Array) -> jax.Array:
+    """The first of the largest logits of each row, int32 [N]. By blocks: a CPU takes a long argmax value by value."""
+    blocks_NGL = _blocks(logits_NV, -jnp.inf)
+    block_N = jnp.argmax(blocks_NGL.max(-1), -1)
+    return (block_N * LANES + jnp.argmax(_block(blocks_NGL, block_N), -1)).astype(jnp.int32)
+
+
+def pick(weights_NV: jax.Array, uniform_N: jax.Array) -> jax.Array:
+    """Tokens, int32 [N], of probabilities proportional to the weights: where their running sum exceeds the share
+    `uniform_N`, float32 from 0 to below 1, of their total. One of weight 0 is never picked."""
+    blocks_NGL = _blocks(weights_NV, 0)
+    sums_NG = blocks_NGL.sum(-1)
+    block_N, left_N = _reached(sums_NG, uniform_N * sums_NG.sum(-1))
+    token_N, _ = _reached(_block(blocks_NGL, block_N), left_N)
+    return block_N * LANES + token_N
+
+
+def _reached(weights_NX: jax.Array, mark_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first weight with which the running sum exceeds the mark, and how far the sum before it is from the mark.
+
+    Neither is a weight of 0 chosen, where sums of other rounding jump, nor none: then it is the last above 0.
+    """
+    index = jnp.arange(weights_NX.shape[1], dtype=jnp.int32)
+    ends_NX, some = jnp.cumsum(weights_NX, -1), weights_NX > 0
+    first_N = jnp.where(some & (ends_NX > mark_N[:, None]), index, len(index)).min(-1)
+    chosen_N = jnp.minimum(first_N, jnp.where(some, index, 0).max(-1))
+    before_N = jnp.where(index < chosen_N[:, None], weights_NX, 0).sum(-1)
+    return chosen_N, mark_N - before_N
+
+
+def _blocks(x_NV: jax.Array, fill: float) -> jax.Array:
+    """[N, blocks, LANES], filled up."""
+    padded = jnp.pad(x_NV, ((0, 0), (0, -x_NV.shape[1] % LANES)), constant_values=fill)
+    return padded.reshape(len(x_NV), -1, LANES)
+
+
+def _block(blocks_NGL: jax.Array, block_N: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(blocks_NGL, block_N[:, None, None], 1)[:, 0]
 
 
 def generate(params: Any, config: ModelConfig, prompts_BT: jax.Array | np.ndarray, *,
@@ -103,10 +145,10 @@ def _generate(params: Any, config: ModelConfig, prompts_BT: jax.Array, prompt_le
     def draw(s: _Decoding, logits_BV: jax.Array) -> _Decoding:
         if greedy:
             log_p = jax.nn.log_softmax(logits_BV)
-            token_B = jnp.argmax(logits_BV, -1)
+            token_B = most_likely(logits_BV)
         else:
             log_p = log_distribution(logits_BV, temperature, top_p)
-            token_B = jax.random.categorical(jax.random.fold_in(key, s.step), log_p)
+            token_B = pick(jnp.exp(log_p), jax.random.uniform(jax.random.fold_in(key, s.step), (batch,)))
         logprob_B = jnp.take_along_axis(log_p, token_B[:, None], -1)[:, 0]
         return s.replace(
             step=s.step + 1,

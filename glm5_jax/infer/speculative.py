@@ -9,7 +9,8 @@ it is the very same token. What drafts are worth shows in the speed alone: wrong
 B slots, T = 1 + k tokens fed, W window of the MTP layer, U tokens that a cache remembers for it, D model width.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
 import jax
 from jax import lax
@@ -26,6 +27,20 @@ def agreeing(drafts_Bk: jax.Array, drawn_BT: jax.Array) -> jax.Array:
     """Which of the drawn tokens count, bool [B, T]: all that follow drafts alone that were drawn too."""
     agree = jnp.cumprod(drafts_Bk == drawn_BT[:, :-1], axis=1).astype(bool)
     return jnp.pad(agree, ((0, 0), (1, 0)), constant_values=True)
+
+
+def fill(params: Any, config: ModelConfig, cache: Cache, before: Cache, fed_BT: jax.Array, hidden_BTD: jax.Array,
+         real_BT: jax.Array, cut_back: jax.Array, steps: int) -> Cache:
+    """The cache with the MTP layer's keys of the real tokens that were fed to `before`.
+
+    Its keys of the last U tokens before them are made anew, for now their successors are known: unless `before` was cut
+    back. What it remembers then is of other tokens, and the keys are right if U of their successors were kept too.
+    """
+    window = mtp.cached_window(fed_BT, hidden_BTD, real_BT, before, cache)
+    remembered_W = jnp.arange(window.tokens_BW.shape[1]) < before.last_tokens_BU.shape[1]
+    known_BW = jnp.where(cut_back & remembered_W, 0, window.segment_ids_BW)
+    window = dataclasses.replace(window, segment_ids_BW=known_BW)
+    return cast(Cache, mtp.unroll(params["mtp"], config, params["embedding"], window, cache, steps, Request())[2])
 
 
 def keep(cache: Cache, before: Cache, fed_BT: jax.Array, hidden_BTD: jax.Array, kept_B: jax.Array

@@ -1,7 +1,7 @@
 """What an engine has to answer, from one forward pass over whole sequences: no cache, no batch, no schedule.
 
-Token n of a request is drawn from the logits before it by a key made of the seed and n; this module makes the same draw
-in NumPy from the logits of `forward` over all ids at once, and takes nothing from `glm5_jax.infer`.
+Token n of a request is drawn from the logits before it by a number made of the seed and n; this module makes the same
+draw in NumPy from the logits of `forward` over all ids at once, and takes nothing from `glm5_jax.infer`.
 """
 
 import functools
@@ -30,9 +30,9 @@ def model(number: int) -> Any:
 
 
 @functools.cache
-def gumbels(seed: int) -> np.ndarray:
-    """The noise of every token of a request, [MAX_LEN, V]."""
-    draw = lambda n: jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), n), (CONFIG.vocab_size,))
+def shares(seed: int) -> np.ndarray:
+    """By which every token of a request is drawn, [MAX_LEN]: where the running sum of the probabilities exceeds it."""
+    draw = lambda n: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), n))
     return np.asarray(jax.jit(jax.vmap(draw))(np.arange(MAX_LEN)))
 
 
@@ -97,10 +97,9 @@ def assert_replays(asked: Sequence[tuple[Sequence[int], Any]], answered: Sequenc
                 log_p, expected = plain, int(plain.argmax())
             else:
                 log_p = cut(log_softmax(plain / sampling.temperature), sampling.top_p, sampling.top_k)
-                scores = log_p + gumbels(sampling.seed)[n]
-                expected = int(scores.argmax())
-                if scores[expected] - scores[token] < NEAR:
-                    expected = token
+                ends, share = np.cumsum(np.exp(log_p)), shares(sampling.seed)[n]
+                near = log_p[token] > -np.inf and (np.abs(ends[max(token - 1, 0):token + 1] - share) < NEAR).any()
+                expected = token if near else int((ends > share).argmax())
             assert token == expected, (ids, sampling, done, n)
             np.testing.assert_allclose(done.logprobs[n], log_p[token], atol=1e-5)
             np.testing.assert_allclose(result.model_logprobs[n], plain[token], atol=1e-5)

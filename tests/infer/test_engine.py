@@ -289,12 +289,20 @@ def test_programs_are_compiled_once(caplog):
         finish(one)
 
     serve(1)
-    caplog.clear()
     sizes = device.prefill._cache_size(), device.decode._cache_size()
     with jax.log_compiles():
+        caplog.clear()
         serve(1000)
-    assert not [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
-    assert (device.prefill._cache_size(), device.decode._cache_size()) == sizes
+        assert not compiled(caplog)
+        assert (device.prefill._cache_size(), device.decode._cache_size()) == sizes
+        one = engine(max_len=MAX_LEN - 1, chunk=3)  # the control: other shapes are compiled for, and that is seen
+        serve(1)
+    assert all(any(name in message for message in compiled(caplog)) for name in ("prefill", "decode"))
+    assert (device.prefill._cache_size(), device.decode._cache_size()) == (sizes[0] + 1, sizes[1] + 1)
+
+
+def compiled(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
 
 
 def test_memory_is_what_was_computed():

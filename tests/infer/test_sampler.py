@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import glm5_jax as glm5
-from glm5_jax.infer.sampler import log_distribution
+from glm5_jax.infer.sampler import log_distribution, most_likely, pick
 from tests.model.reference import MICRO, random_params
 
 distribution = jax.jit(log_distribution)
@@ -168,6 +168,46 @@ def test_frequencies_fit_the_distribution():
 def chi_square(drawn: np.ndarray, p: np.ndarray) -> float:
     counts = np.bincount(drawn, minlength=len(p))
     return float(((counts - p * len(drawn)) ** 2 / (p * len(drawn))).sum())
+
+
+@pytest.mark.parametrize("vocabulary", [1, 63, 64, 65, 1000])
+def test_pick_is_the_inverse_of_the_running_sum(vocabulary):
+    """Against float64; half of the tokens have no weight, among them the first and the last, and whole blocks."""
+    rng, rows = np.random.default_rng(vocabulary), 400
+    weights = rng.exponential(size=(rows, vocabulary)).astype(np.float32) ** 4
+    weights[:, rng.permutation(vocabulary)[vocabulary // 2 + 1:]] = 0
+    if vocabulary > 1:
+        weights[:, [0, -1]], weights[:, vocabulary // 2] = 0, 1
+    if vocabulary > 200:
+        weights[:, :130] = 0
+    uniform = rng.random(rows, np.float32)
+    uniform[:4] = 0, 2**-24, 1 - 2**-24, 0.5
+    picked = np.asarray(jax.jit(pick)(weights, uniform))
+    assert picked.dtype == np.int32 and (np.take_along_axis(weights, picked[:, None], 1) > 0).all()
+    ends = np.cumsum(np.float64(weights), 1)
+    ends /= ends[:, -1:]
+    expected = (ends > uniform[:, None]).argmax(1)
+    start, end = (np.take_along_axis(np.pad(ends, ((0, 0), (1, 0))), picked[:, None] + i, 1)[:, 0] for i in (0, 1))
+    assert (picked == expected).mean() > 0.99
+    assert (start <= uniform + 1e-6).all() and (uniform - 1e-6 < end).all()
+
+
+def test_pick_where_rounding_leaves_nothing_to_exceed():
+    """Of weights that are all alike their sum, or so small that a running sum does not see them."""
+    weights = np.zeros((3, 130), np.float32)
+    weights[0, 129], weights[1, [0, 100]], weights[2, 5] = 1e-30, [1, 1e-12], 3e38
+    picked = jax.jit(pick)(weights, np.full(3, 1 - 2**-24, np.float32))
+    np.testing.assert_array_equal(picked[jnp.array([0, 2])], [129, 5])
+    assert picked[1] in (0, 100)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 64, 65, 1000])
+def test_the_most_likely_is_the_first_of_the_largest(vocabulary):
+    logits = np.random.default_rng(0).integers(-3, 3, (50, vocabulary)).astype(np.float32)
+    logits[0] = -np.inf
+    found = most_likely(logits)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, logits.argmax(1))
 
 
 def test_one_new_token():

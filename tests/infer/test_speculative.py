@@ -40,6 +40,25 @@ def test_drafts_are_those_of_the_layer(prompt):
     assert blocks > 1
 
 
+@pytest.mark.parametrize("kept, after", [(9, 0), (9, 1), (9, 8), (5, 3), (2, 6)])
+def test_drafts_of_a_row_that_was_cut_back(kept, after):
+    """A session whose next request departs from the last one: its drafts are still those of the layer."""
+    one = engine(drafts=3)
+    first = finish_one(one, IDS, Sampling(6, temperature=0.0), session="a")
+    ids = [*IDS[:kept], (IDS[kept] + 1) % 16, *IDS[:after]]
+    if kept == 5:  # one that takes the slot and leaves before it is fed
+        one.submit(IDS[:8], Sampling(1), session="a")
+        one._admit()
+        one.abort(1)
+    number = one.submit(ids, Sampling(24 - len(ids), temperature=0.0), session="a")
+    while not one.progress(number).completion.ids:
+        one.step()
+    slot = next(slot for slot in one._slots if slot.request)
+    assert first.reused == 0 and slot.request.reused == (max(kept - 3, 0) if kept != 5 else 1)
+    row = one._slots.index(slot)
+    assert one._drafts[row].tolist() == guesses(slot.ids[:slot.length].tolist(), 3)
+
+
 def guesses(ids: list[int], steps: int) -> list[int]:
     """Each from a forward pass over all ids and the guesses before it."""
     for k in range(steps):
@@ -128,3 +147,5 @@ def test_too_many_drafts():
             Engine(params(), config, slots=1, max_len=8, drafts=most + 1)
     with pytest.raises(ValueError, match="drafts"):
         engine(drafts=-1)
+    with pytest.raises(ValueError, match="chunk: expected at least 3, found 2"):
+        engine(drafts=3, chunk=2)
