@@ -53,12 +53,10 @@ def overlong_penalty(length_N: Any, *, limit: int, buffer: int) -> jax.Array:
 
 def _groups(reward_N: Any, group_N: Any, valid_N: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rewards (0 where not valid), the number of each rollout's group, and which are valid."""
-    reward_N, group_N = jnp.asarray(reward_N), jnp.asarray(group_N)
+    reward_N = jnp.asarray(reward_N)
     if reward_N.ndim != 1:
         raise ValueError(f"reward_N: expected shape [N], found {reward_N.shape}")
-    if group_N.shape != reward_N.shape or not jnp.issubdtype(group_N.dtype, jnp.integer):
-        raise ValueError(f"group_N: expected integers of shape {reward_N.shape}, "
-                         f"found {group_N.dtype} of shape {group_N.shape}")
+    group_N = aggregate.read_ids("group_N", group_N, reward_N.shape)
     valid_N = jnp.ones(reward_N.shape, bool) if valid_N is None else jnp.asarray(valid_N)
     if valid_N.shape != reward_N.shape or valid_N.dtype != jnp.bool_:
         raise ValueError(f"valid_N: expected bool of shape {reward_N.shape}, "

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glm5_jax.core import masked
 
@@ -69,7 +70,7 @@ def read_mask(mask: Any, segment_ids: Any = None, shape: tuple[int, ...] | None 
     """The mask as weights of `dtype`, 0 on padding, and the number of each token's sequence in its row; [B, T] both.
 
     The numbers are None without segment ids. Raises ValueError for a shape other than `shape` (None: any [B, T]), and
-    for segment ids that are no integers.
+    for segment ids as `read_ids` does.
     """
     mask = jnp.asarray(mask)
     if mask.ndim != 2 or shape not in (None, mask.shape):
@@ -77,11 +78,21 @@ def read_mask(mask: Any, segment_ids: Any = None, shape: tuple[int, ...] | None 
     mask_BT = mask.astype(jnp.promote_types(dtype, jnp.float32))
     if segment_ids is None:
         return mask_BT, None
-    segment_ids = jnp.asarray(segment_ids)
-    if segment_ids.shape != mask.shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"segment_ids: expected integers of shape {mask.shape}, "
-                         f"found {segment_ids.dtype} of shape {segment_ids.shape}")
+    segment_ids = read_ids("segment_ids", segment_ids, mask.shape)
     return jnp.where(segment_ids != 0, mask_BT, 0), renumber(segment_ids)
+
+
+def read_ids(name: str, ids: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Integers of `shape` that are equal where `ids` are, and 0 where these are 0.
+
+    Raises ValueError for another shape or dtype.
+    """
+    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    if ids.shape != shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"{name}: expected integers of shape {shape}, found {ids.dtype} of shape {ids.shape}")
+    if isinstance(ids, np.ndarray):  # their ranks, because jax would cut integers of 64 bits, such as hashes, to 32
+        ids = np.where(ids == 0, 0, 1 + np.unique(ids, return_inverse=True)[1].reshape(shape))
+    return jnp.asarray(ids)
 
 
 def renumber(ids: jax.Array) -> jax.Array:

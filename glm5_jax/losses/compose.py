@@ -27,7 +27,8 @@ Level = Literal["token", "geometric", "sequence"]
 Result = tuple[jax.Array, Metrics]
 # A weight for each ratio.
 WeightMap = Callable[[jax.Array], jax.Array]
-# (ratio, advantage, log pi) -> (what is maximised, what A grad log pi is weighed with in it), of each token.
+# (ratio, advantage, log pi) -> (what is maximised, what A grad log pi is weighed with in it), of each token; log pi is
+# of the level of the ratio.
 Surrogate = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -36,10 +37,10 @@ class Spec:
     """A loss by its slots; raises ValueError naming the field.
 
     `surrogate` is one of `clipped`, `scored`, `probability_band`. `reference` says whom r compares pi with: the
-    trainer's "old" policy or the "behaviour" that sampled. A level says of what a ratio is made: of each "token", of
-    the whole "sequence" as the product of its tokens, or as the "geometric" mean of those. `weight` is one of `band`,
-    `truncated` (None: 1). `aggregation` is explained in `aggregate`; with a level other than "token" a sequence has
-    one term.
+    trainer's "old" policy or the "behaviour" that sampled. A level says of what a ratio is made, and log pi with it: of
+    each "token", of the whole "sequence" as the product of its tokens, or as the "geometric" mean of those; so a score
+    function has the gradient of the ratio it is weighed with. `weight` is one of `band`, `truncated` (None: 1).
+    `aggregation` is explained in `aggregate`; with a level other than "token" a sequence has one term.
     """
 
     surrogate: Surrogate
@@ -70,7 +71,8 @@ def loss(spec: Spec, logp: jax.Array, *, logp_old: jax.Array | None = None, logp
                             segment_ids=segment_ids)
     reference_BT = tokens.logp_old if spec.reference == "old" else tokens.logp_behaviour
     ratio_BT = _ratio(tokens.logp - reference_BT, spec.level, tokens)
-    objective_BT, score_weight_BT = spec.surrogate(ratio_BT, tokens.advantage, tokens.logp)
+    logp_BT = _of_level(tokens.logp, spec.level, tokens)
+    objective_BT, score_weight_BT = spec.surrogate(ratio_BT, tokens.advantage, logp_BT)
     mismatch_BT = _ratio(tokens.logp_old - tokens.logp_behaviour, spec.weight_level, tokens)
     weight_BT = jnp.ones_like(ratio_BT)
     if spec.weight is not None and logp_behaviour is not None:
@@ -108,7 +110,7 @@ def clipped(clip_low: float, clip_high: float, *, dual_clip: float | None = None
 
 
 def scored(weight: WeightMap) -> Surrogate:
-    """sg(weight(r)) A log pi: the score function, its weight detached whatever the map."""
+    """sg(weight(r)) A log pi: the score function, its weight detached whatever the map; r and log pi of one level."""
     def surrogate(ratio: jax.Array, advantage: jax.Array, logp: jax.Array) -> tuple[jax.Array, jax.Array]:
         weights = lax.stop_gradient(weight(ratio))
         return weights * advantage * logp, weights
@@ -156,9 +158,13 @@ def check_distances(**distances: float) -> None:
 
 
 def _ratio(log_ratio_BT: jax.Array, level: Level, tokens: arguments.Tokens) -> jax.Array:
-    """exp of the log-ratio; all tokens of a sequence have the same, unless `level` is "token"."""
+    return jnp.exp(arguments.bounded(_of_level(log_ratio_BT, level, tokens)))
+
+
+def _of_level(log_BT: jax.Array, level: Level, tokens: arguments.Tokens) -> jax.Array:
+    """Logarithms of each token, or of its sequence: their sum or their mean, the same for all its tokens."""
     if level != "token":
-        log_ratio_BT = aggregate.sequence_sum(tokens.mask * log_ratio_BT, tokens.sequence)
+        log_BT = aggregate.sequence_sum(tokens.mask * log_BT, tokens.sequence)
     if level == "geometric":
-        log_ratio_BT /= aggregate.sequence_length(tokens.mask, tokens.sequence)
-    return jnp.exp(arguments.bounded(log_ratio_BT))
+        log_BT /= aggregate.sequence_length(tokens.mask, tokens.sequence)
+    return log_BT

@@ -83,9 +83,10 @@ def _limit_groups(choice_NE: jax.Array, groups: int, keep: int) -> jax.Array:
 
 
 def apply_experts(params: Params, config: ModelConfig, routing: Routing, x_BTD: jax.Array) -> jax.Array:
-    """sum over the chosen experts of weight * (silu(x Wg) * x Wu) Wd, [B, T, D]; no token is dropped.
+    """sum over the chosen experts of weight * (silu(x Wg) * x Wu) Wd, [B, T, D]; no choice is dropped but those of -1.
 
-    Where the ambient mesh splits the experts, tokens travel to them (`pallas_kernels.expert_parallel`).
+    Where the ambient mesh splits the experts, tokens travel to them (`pallas_kernels.expert_parallel`). Raises
+    ValueError where several of its axes do.
     """
     if (axis := _expert_axis(config)) is not None:
         return _travel(params, config, routing, x_BTD, axis)
@@ -105,31 +106,48 @@ def _experts(config: ModelConfig, params: Params, rows_RD: jax.Array, sizes_E: j
 
 def _expert_axis(config: ModelConfig) -> str | None:
     """The mesh axis that splits the experts, if there is one and it is not a `shard_map`'s already."""
-    mesh, axis = jax.sharding.get_abstract_mesh(), config.sharding.experts
-    if mesh.empty or not isinstance(axis, str) or mesh.shape[axis] == 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return None
-    return axis if dict(zip(mesh.axis_names, mesh.axis_types))[axis] != AxisType.Manual else None
+    types = dict(zip(mesh.axis_names, mesh.axis_types))
+    axes = [axis for axis in _axes(config, "experts") if mesh.shape[axis] > 1 and types[axis] != AxisType.Manual]
+    if len(axes) > 1:
+        raise ValueError(f"ShardingRules.experts: expected one mesh axis, since tokens travel to their experts along "
+                         f"one, found {' x '.join(axes)}; name one of them, and give ShardingRules.expert_mlp the rest")
+    return axes[0] if axes else None
+
+
+def _axes(config: ModelConfig, name: str) -> tuple[str, ...]:
+    """The mesh axes that split a logical dimension, major first."""
+    axes = spec(config.sharding, (name,))[0]
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
 def _travel(params: Params, config: ModelConfig, routing: Routing, x_BTD: jax.Array, axis: str) -> jax.Array:
-    """`apply_experts` with the positions of each row split over the experts' axis too, so that each travels once.
+    """`apply_experts` with tokens split over the experts' axis too, so that each travels once: over it, positions of
+    a row are split where rows are not.
 
-    Where they do not divide, positions that choose no expert fill up.
+    Where they do not divide, positions that choose no expert fill up. Raises ValueError where an axis that splits
+    tokens splits the experts' width too.
     """
     mesh, (batch, length) = jax.sharding.get_abstract_mesh(), x_BTD.shape[:2]
-    of = lambda *names: spec(config.sharding, names)
-    time = tuple(name for name in (of("time")[0], axis) if name is not None)
-    tokens = PartitionSpec(of("batch")[0], time, None)
+    rows, time = _axes(config, "batch"), _axes(config, "time")
+    time += () if axis in rows + time else (axis,)
+    tokens, columns = PartitionSpec(rows, time, None), _axes(config, "expert_mlp")
+    if both := [name for name in columns if name in rows + time and mesh.shape[name] > 1]:
+        raise ValueError(f"ShardingRules.expert_mlp: expected mesh axes that split no tokens, since the products of "
+                         f"its parts are added up over devices, found {both[0]!r}; name another, or None")
     fill = -length % math.prod(mesh.shape[name] for name in time)
     filled = lambda y_BTX, value: jnp.pad(y_BTX, ((0, 0), (0, fill), (0, 0)), constant_values=value)
-    columns = of("experts", None, "expert_mlp")
-    weights = {"gate": columns, "up": columns, "down": of("experts", "expert_mlp", None)}
+    wide = PartitionSpec(axis, None, columns)
+    weights = {"gate": wide, "up": wide, "down": PartitionSpec(axis, columns, None)}
 
     def here(params: Params, *arrays: jax.Array) -> jax.Array:
         x_ND, experts_NA, weights_NA = (y.reshape(-1, y.shape[-1]) for y in arrays)
         y_ND = expert_parallel(functools.partial(_experts, config), params, x_ND, experts_NA, weights_NA,
                                axis_name=axis)
-        y_ND = lax.psum(y_ND, columns[2]) if columns[2] else y_ND  # every device has some columns of its experts
+        if columns:  # every device has some columns of its experts
+            y_ND = lax.psum(y_ND.astype(jnp.float32), columns).astype(y_ND.dtype)
         return y_ND.reshape(arrays[0].shape)
 
     choices = (y.reshape(batch, length, -1) for y in (routing.experts_NA, routing.weights_NA))
@@ -159,9 +177,11 @@ def router_stats(config: ModelConfig, routing: Routing, valid_BT: jax.Array) -> 
 
 def moe(params: Params, config: ModelConfig, x_BTD: jax.Array, valid_BT: jax.Array
         ) -> tuple[jax.Array, RouterStats, Routing]:
-    """Routed experts plus the shared expert, with the statistics of the routing."""
+    """Routed experts plus the shared expert, with the statistics of the routing; padding visits no routed expert."""
     routing = route(params, config, x_BTD.reshape(-1, x_BTD.shape[-1]))
-    y_BTD = apply_experts(params["experts"], config, routing, x_BTD) + mlp(params["shared"], x_BTD)
+    visited_NA = jnp.where(valid_BT.reshape(-1, 1), routing.experts_NA, -1)
+    visits = Routing(visited_NA, routing.weights_NA, routing.scores_NE)
+    y_BTD = apply_experts(params["experts"], config, visits, x_BTD) + mlp(params["shared"], x_BTD)
     return y_BTD, router_stats(config, routing, valid_BT), routing
 
 

@@ -33,8 +33,10 @@ class Output:
     cache: Cache | None
     mtp_logits: jax.Array | None   # float32 [steps, B, T, V]; step k from 1, row t predicts token t+k+1
     mtp_hidden: jax.Array | None   # [steps, B, T, D]
-    # expert_load [MoE layers, E], balance_loss, index_nan. What losses are made of, as sums and counts: balance
-    # [MoE layers] over sequences, indexer_kl [layers] over tokens. With MTP, the same of its steps: mtp_*.
+    # expert_load [MoE layers, E], balance_loss; index_nan, int32 []: how many visible pairs of query and key have an
+    # index query, weight or key that is not finite, over all indexers that selected, MTP's included. What losses are
+    # made of, as sums and counts: balance [MoE layers] over sequences, indexer_kl [layers] over tokens. With MTP, the
+    # same of its steps: mtp_*.
     aux: dict[str, Any]
     collected: dict[str, jax.Array]
 

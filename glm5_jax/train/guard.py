@@ -1,4 +1,4 @@
-"""Which steps are not taken: a loss or gradient that is not finite, index scores that are NaN, a gradient out of line.
+"""Which steps are not taken: a loss, a gradient or what an indexer scores is not finite, or a gradient is out of line.
 
 A skipped step leaves parameters and optimiser as they were; its batch is gone, so that a resumed run does alike.
 """
@@ -22,14 +22,14 @@ class Guard:
 
 def fresh() -> Guard:
     """Nothing is known yet: at the start of a run, and of a stage that changes what is optimised."""
-    return Guard(jnp.full(WINDOW, jnp.nan), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    return Guard(jnp.full(WINDOW, jnp.nan, jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def judge(guard: Guard, loss: jax.Array, norm: jax.Array, index_nan: jax.Array, ratio: float) -> dict[str, jax.Array]:
     """Why this step must be skipped, bool [] each; it is taken if none is true.
 
-    `not_finite`: loss or gradient norm; `index_nan`: an indexer gave NaN; `norm`: more than `ratio` times the running
-    median of gradient norms.
+    `not_finite`: loss or gradient norm; `index_nan`: the model's count of that name is not 0, so that an indexer scored
+    what is not finite; `norm`: more than `ratio` times the running median of gradient norms.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     large = (guard.accepted >= LEAST) & (norm > ratio * jnp.nanmedian(guard.norms_W))

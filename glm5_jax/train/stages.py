@@ -91,12 +91,12 @@ def run(stages: Sequence[Stage], *, params: Callable[[], Any], batches: Callable
 
         with store(stage) as opened:
             if state is not None:
-                state = train_state.next_stage(state, stage.optimizer, keep=stage.keep)
+                state = train_state.settled(train_state.next_stage(state, stage.optimizer, keep=stage.keep))
             elif (state := loop.resume(opened, train_state.abstract(stage.config, stage.optimizer), data)) is not None:
                 writer.truncate_after(int(state.step))
                 say(f"Resumed from step {int(state.step)} of {ends[-1]}, in the stage {stage.name}.")
             else:
-                state = train_state.from_params(params(), stage.optimizer)
+                state = train_state.settled(train_state.from_params(params(), stage.optimizer))
                 writer.truncate_after(-1)
                 writer.write(0, measured(stage, "before", state.params))
             state = loop.run(state, step, data, until=ends[index], store=opened, writer=writer, name=stage.name,

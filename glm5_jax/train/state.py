@@ -58,6 +58,16 @@ def next_stage(state: TrainState, optimizer: optax.GradientTransformation, *, ke
     return TrainState(state.step, state.params, opt_state, state.tokens_seen, jnp.zeros(2, jnp.int32), guard.fresh())
 
 
+def settled(state: TrainState) -> TrainState:
+    """The state with all arrays committed to the device of its parameters, as what is restored is.
+
+    A step that is handed a mixture, and then what it made of it, is compiled twice. A state whose parameters are split
+    over devices stays as it is.
+    """
+    home = jax.device_put(jax.tree.leaves(state.params)[0]).sharding
+    return jax.device_put(state, home) if len(home.device_set) == 1 else state
+
+
 def abstract(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh | None = None
              ) -> TrainState:
     """The state as `jax.ShapeDtypeStruct` with shardings, the target of a restore; nothing is allocated.

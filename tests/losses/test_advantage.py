@@ -102,6 +102,13 @@ def test_15_order_does_not_matter(function):
                                atol=1e-12)
 
 
+def test_groups_of_64_bits_stay_apart():
+    hashes = np.array([0, 2 ** 32, 0, 2 ** 32])  # of equal lower halves
+    with reference.float64(False):
+        found = group_advantage(np.array([1.0, 2, 3, 6]), hashes, std=False)
+    assert found.tolist() == [-1, -2, 1, 2]
+
+
 def test_it_compiles():
     reward, group, valid = np.array([1.0, 0.0, 5.0]), np.array([3, 3, 3]), np.array([True, True, False])
     np.testing.assert_allclose(jax.jit(group_advantage)(reward, group, valid_N=valid), [1, -1, 0], atol=1e-5)

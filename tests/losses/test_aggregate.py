@@ -21,6 +21,18 @@ def test_equal_ids_have_equal_numbers_below_their_count(ids):
         assert (numbers[i] == numbers[j]) == (ids[i] == ids[j])
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_ids_of_64_bits_stay_different(wide):
+    ids = np.array([[2 ** 40, 2 ** 32, 0, 2 ** 32], [5, 5, -2 ** 63, 2 ** 63 - 1]])
+    with reference.float64(wide):
+        for given_ids in (ids, ids.tolist()):
+            mask_BT, sequence_BT = aggregate.read_mask(np.ones((2, 4)), given_ids)
+            assert mask_BT.tolist() == [[1, 1, 0, 1], [1, 1, 1, 1]]
+            numbers = np.asarray(sequence_BT)
+            np.testing.assert_array_equal(numbers[:, :, None] == numbers[:, None], ids[:, :, None] == ids[:, None])
+        assert float(aggregate.count(np.ones((2, 4)), ids, aggregation="sequence_mean")) == 5
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(3))

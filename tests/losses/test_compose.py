@@ -86,6 +86,36 @@ def test_levels_of_both_ratios(level, packed):
     assert float(loss(spec, **arrays)[0]) == pytest.approx(-np.mean(means), rel=1e-12)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("aggregation", ["sequence_mean_of_token_means", "sequence_mean", "token_mean"])
+@pytest.mark.parametrize("level", ["geometric", "sequence"])
+def test_a_score_of_whole_sequences(level, aggregation, packed):
+    """log pi of a sequence is the sum over its tokens, and of a geometric mean their mean, as its ratio is."""
+    arrays = reference.batch(5, packed=packed)
+    terms, lengths = [], []
+    for places in reference.sequences(**arrays):
+        part = 1 if level == "sequence" else 1 / len(places)
+        logp, old, advantages = (np.array([arrays[k][p] for p in places]) for k in ("logp", "logp_old", "advantage"))
+        ratio = math.exp(part * (logp - old).sum())
+        terms.append((ratio if 0.8 < ratio < 1.5 else 0) * np.mean(advantages) * part * logp.sum())
+        lengths.append(len(places))
+    assert 0 < np.count_nonzero(terms) < len(terms)
+    expected = np.average(terms, weights=lengths) if aggregation == "token_mean" else np.mean(terms)
+    spec = Spec(scored(band(0.8, 1.5)), level=level, aggregation=aggregation)
+    assert float(loss(spec, **arrays)[0]) == pytest.approx(-expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean_of_token_means", "sequence_mean", "token_mean"])
+@pytest.mark.parametrize("level", ["token", "geometric", "sequence"])
+def test_12_the_score_function_has_the_gradient_of_the_ratio(level, aggregation):
+    arrays = reference.batch(5, packed=True)
+    gradient = lambda surrogate: jax.grad(lambda logp: loss(
+        Spec(surrogate, level=level, aggregation=aggregation), **{**arrays, "logp": logp})[0])(arrays["logp"])
+    of_ratio = np.asarray(gradient(clipped(1.0, np.inf)))
+    np.testing.assert_allclose(gradient(scored(truncated(np.inf))), of_ratio, atol=1e-14)
+    assert np.abs(of_ratio).max() > 0.01
+
+
 def test_an_own_composition():
     """A mask by the geometric mean of the mismatch over a sequence, with any function as the map of the other slot."""
     arrays = reference.batch(2)

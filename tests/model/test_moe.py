@@ -88,6 +88,20 @@ def test_experts_token_by_token(experts):
     np.testing.assert_allclose(out, one_by_one(params["experts"], routing, x), rtol=1e-4, atol=1e-5)
 
 
+def test_padding_visits_no_expert():
+    params, x = make()
+    valid = np.array([[True] * 4 + [False] * 2 + [True] * 3 + [False] * 2])
+    y, stats, routing = moe.moe(params, CONFIG, x[None], valid)
+    all_routed = moe.route(params, CONFIG, x)
+    shared = reference.silu(x @ params["shared"]["gate"]) * (x @ params["shared"]["up"]) @ params["shared"]["down"]
+    routed = one_by_one(params["experts"], all_routed, x)
+    np.testing.assert_allclose(y[0], shared + np.where(valid.T, routed, 0), rtol=1e-4, atol=1e-5)
+    assert np.abs(routed[~valid[0]]).max() > 0.1
+    for found, expected in ((stats, moe.router_stats(CONFIG, all_routed, valid)), (routing, all_routed)):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert stats.load_E.sum() == 7 * CONFIG.num_experts_per_tok
+
+
 def test_gradient_reaches_the_router_through_the_weights_alone():
     """The derivative of the mixture with the choice held fixed, written out with dense experts."""
     params, x = make()

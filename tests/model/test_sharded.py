@@ -41,18 +41,22 @@ def test_sharded_equals_single_device(single, sizes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), sharded_grads, grads)
 
 
-@pytest.mark.parametrize("sizes", [dict(data=2, expert=4), dict(expert=2, tensor=2), dict(context=5, expert=1)],
-                         ids=str)
-def test_tokens_travel_to_split_experts(sizes):
+@pytest.mark.parametrize("sizes, rules", [
+    (dict(data=2, expert=4), {}), (dict(expert=2, tensor=2), {}), (dict(context=5, expert=1), {}),
+    (dict(expert=2), dict(batch=("data", "expert"))),
+    (dict(context=2, expert=2), dict(time=("expert", "context"), experts=("expert", "tensor"), expert_mlp=()))],
+    ids=str)
+def test_tokens_travel_to_split_experts(sizes, rules):
     """Five positions, which two or four devices do not divide; and no exchange where no axis splits the experts."""
-    params = glm5.init(CONFIG, jax.random.key(1))["layers"]["1"]["moe"]
+    config = CONFIG.replace(sharding=core_mesh.ShardingRules(**rules))
+    params = glm5.init(config, jax.random.key(1))["layers"]["1"]["moe"]
     params = jax.tree.map(lambda x: x[0, 0], params)
     x = np.random.default_rng(2).normal(size=(2, 5, CONFIG.hidden_size)).astype(np.float32)
     weight = np.random.default_rng(3).normal(size=x.shape).astype(np.float32)
 
     def mixture(params, x):
-        routing = moe.route(params, CONFIG, x.reshape(-1, x.shape[-1]))
-        return (moe.apply_experts(params["experts"], CONFIG, routing, x) * weight).sum()
+        routing = moe.route(params, config, x.reshape(-1, x.shape[-1]))
+        return (moe.apply_experts(params["experts"], config, routing, x) * weight).sum()
 
     mesh = core_mesh.make_mesh(devices=jax.devices()[:np.prod(list(sizes.values()))], **{"data": 1, **sizes})
     step = jax.jit(jax.value_and_grad(mixture, (0, 1)))
@@ -62,3 +66,14 @@ def test_tokens_travel_to_split_experts(sizes):
         assert ("all_to_all" in lowered.as_text()) == (sizes["expert"] > 1)
         found = lowered.compile()(params, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, wanted)
+
+
+@pytest.mark.parametrize("rules, message", [
+    (dict(experts=("expert", "tensor"), expert_mlp=None), "experts: expected one mesh axis, .* found expert x tensor"),
+    (dict(expert_mlp=("tensor", "data")), "expert_mlp: expected mesh axes that split no tokens, .* found 'data'")])
+def test_experts_that_cannot_be_split_so(rules, message):
+    config = CONFIG.replace(sharding=core_mesh.ShardingRules(**rules))
+    params = jax.tree.map(lambda x: x[0, 0], glm5.init(CONFIG, jax.random.key(1))["layers"]["1"]["moe"])
+    with jax.set_mesh(core_mesh.make_mesh(data=2, expert=2, tensor=2)):
+        with pytest.raises(ValueError, match=f"ShardingRules.{message}"):
+            moe.moe(params, config, np.ones((2, 4, 32), np.float32), np.ones((2, 4), bool))

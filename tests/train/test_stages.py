@@ -93,6 +93,7 @@ def changed(before, after):
     return kinds
 
 
+@pytest.mark.slow
 def test_each_stage_trains_what_it_should(whole):
     _, seen, _ = whole
     names = [name for name, _ in seen]
@@ -144,6 +145,23 @@ def test_stopped_anywhere_it_resumes_exactly(whole, stages, batches, tmp_path, c
                           for row in report.read_rows(path / "metrics.jsonl")]
     assert [row["step"] for row in plain(tmp_path / "parts")] == [row["step"] for row in plain(directory)]
     assert plain(tmp_path / "parts")[-1]["sft/size/after"] == plain(directory)[-1]["sft/size/after"]
+
+
+@pytest.mark.slow
+def test_a_resumed_walk_compiles_each_step_once(stages, batches, tmp_path, caplog):
+    """And the same program as the walk that was stopped, so that the cache on disk has it."""
+    def compiled():
+        messages = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return [text for text in messages if text.startswith("Compiling") and "train_step" in text]
+
+    with jax.log_compiles():
+        with pytest.raises(RuntimeError, match="stopped here"):
+            walk(tmp_path, stages[:1] + stages[2:3], batches, left=2)
+        [before] = compiled()
+        walk(tmp_path, stages[:1] + stages[2:3], batches)
+        again, following = compiled()
+    assert again == before != following
 
 
 def test_a_stage_may_keep_what_the_optimiser_remembers(small, stages):
