@@ -215,12 +215,16 @@ class Logged(Engine):
         self.log: list[tuple[float, float, float]] = []
 
     def step(self) -> bool:
-        before, start = self._rounds, time.perf_counter()
+        before, drawn = self._rounds, {one: len(one.new) for one in self._requests()}
+        start = time.perf_counter()
         there = super().step()
         if there:
-            slots = self._rounds - before
-            self.log.append((slots / max(self.running, 1), slots, time.perf_counter() - start))
+            rounds = max((len(one.new) - drawn.get(one, 0) for one in [*drawn, *self._requests()]), default=0)
+            self.log.append((rounds, self._rounds - before, time.perf_counter() - start))
         return there
+
+    def _requests(self) -> list[Any]:
+        return [slot.request for slot in self._slots if slot.request is not None]
 
 
 def serve(connection: Any, core: int | None, config: glm5.ModelConfig, params: Any, folder: str, token: str,
@@ -306,6 +310,7 @@ def compare(script: Script, link: "Link", size: Size, modes: Sequence[str]) -> d
         timed, log = link.run(script, scheduler, size.steps)
         if machine is None:
             machine = fitted(timed, log, size)
+            print(f"{script.law.name:6} {machine}", flush=True)
         report = Apart(Foretold(script), machine, scheduler).run(size.steps, size.warm_up)
         speeds = {"measured": measured(timed, size), "foretold": report.tokens_per_second}
         base = base or speeds

@@ -3,14 +3,16 @@
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from glm5_jax.core.metrics import Mean, Metric
 from glm5_jax.losses.diagnostics import Max
-from glm5_jax.records import FailureReason, Group, Trajectory
+from glm5_jax.records import EndReason, FailureReason, Group, StopReason, Trajectory
 
+RUN = 8  # tokens in a row that count as repeated where they come again
 OLDEST = 8  # the last bar of the histogram holds all that is staler
 Counts = collections.Counter[str]
 
@@ -54,6 +56,22 @@ def staleness(trajectory: Trajectory, version: int, step_of: Mapping[int, int]) 
     return None if first is None else version - step_of[first]
 
 
+def repetition(trajectory: Trajectory) -> float:
+    """The share of runs of `RUN` sampled tokens in a row that the same turn had sampled before; 0 without any."""
+    seen = total = 0
+    for turn in trajectory.turns:
+        ids = turn.completion.ids if turn.completion else ()
+        runs = [ids[start:start + RUN] for start in range(len(ids) - RUN + 1)]
+        seen, total = seen + len(runs) - len(set(runs)), total + len(runs)
+    return seen / total if total else 0.0
+
+
+def truncated(trajectory: Trajectory) -> bool:
+    """Whether a limit of tokens cut it off, or one of its turns."""
+    return trajectory.end is EndReason.TOKENS or any(
+        turn.completion is not None and turn.completion.stop is StopReason.LENGTH for turn in trajectory.turns)
+
+
 def measure(batch: Sequence[Group], version: int, step_of: Mapping[int, int], since: Since, *, times: Times,
             in_flight: int, queued: int) -> dict[str, Metric]:
     """The metrics of the step from `version` on `batch`. Averages are over rollouts, those of failed ones left out."""
@@ -63,7 +81,7 @@ def measure(batch: Sequence[Group], version: int, step_of: Mapping[int, int], si
              for number in turn.completion.versions]
     lengths = [tokens(one) for one in rollouts]
     rewards = [one.reward for one in rollouts if one.reward is not None]
-    spread = [len({one.reward for one in group.trajectories if one.end.complete}) > 1 for group in batch]
+    of_group = [{one.reward for one in group.trajectories if one.end.complete} for group in batch]
     found: dict[str, Metric] = {
         "reward/mean": _mean(rewards),
         "staleness/mean": _mean(stale),
@@ -72,11 +90,18 @@ def measure(batch: Sequence[Group], version: int, step_of: Mapping[int, int], si
         "staleness/policies": _mean([len({number for turn in one.turns if turn.completion
                                           for number in turn.completion.versions}) for one in rollouts]),
         "length/consumed": _mean(lengths),
+        "length/p50": _mean([np.quantile(lengths, 0.5)] if lengths else []),
+        "length/p99": _mean([np.quantile(lengths, 0.99)] if lengths else []),
         "length/sampled": _mean(since.sampled),
-        "groups/no_spread": _mean([not some for some in spread]),
+        "groups/no_spread": _mean([len(kinds) == 1 for kinds in of_group]),
+        "groups/all_0": _mean([kinds == {0} for kinds in of_group]),
+        "groups/all_1": _mean([kinds == {1} for kinds in of_group]),
+        "groups/accepted": Mean(jnp.float32(len(batch)), jnp.float32(len(batch) + since.dropped.total())),
         "groups/repeats": _mean([len(group.repeats) for group in batch]),
         "groups/in_flight": _mean([in_flight]),
         "rollouts/queued": _mean([queued]),
+        "rollouts/truncated": _mean([truncated(one) for one in rollouts]),
+        "rollouts/repetition": _mean([repetition(one) for one in rollouts]),
         "rollouts/resumed": _mean([since.resumed]),
         "trainer/idle": Mean(jnp.float32(times.waited), jnp.float32(times.whole)),
         "push/seconds": _mean([times.pushed]),
@@ -96,5 +121,5 @@ def measure(batch: Sequence[Group], version: int, step_of: Mapping[int, int], si
     return found
 
 
-def _mean(values: Sequence[float | bool | None]) -> Mean:
+def _mean(values: Sequence[Any]) -> Mean:
     return Mean(jnp.float32(np.sum(np.array(values, np.float64))), jnp.float32(len(values)))

@@ -101,6 +101,7 @@ class PolicyTrainer:
         for rows in parts:
             self._state, new = self._step(self._state, rows)
             metrics = merge(metrics, new)
+        jax.block_until_ready(self._state)  # so that the time of a step is not taken for that of the push behind it
         self._taken = step
         if step % plan.save_every == 0:
             self._store.save(step, self._state, {})

@@ -6,7 +6,7 @@ import pytest
 
 from glm5_jax.core.metrics import collect, merge
 from glm5_jax.records import Completion, Failure, Group, Trajectory, Turn
-from glm5_jax.rl.report import Since, Times, measure, staleness, tokens
+from glm5_jax.rl.report import Since, Times, measure, repetition, staleness, tokens, truncated
 
 
 def rollout(id: str, versions: list[int], reward: float = 0.0, end: str = "done", task: str = "sums") -> Trajectory:
@@ -38,11 +38,27 @@ def test_a_step_by_hand():
         "staleness/tokens": (3 + 2 + 1 + 2 + 1 + 1 + 2 + 1) / 8,
         "staleness/policies": (3 + 1 + 1 + 2) / 4, "staleness/share_0": 0, "staleness/share_1": 1 / 4,
         "staleness/share_2": 2 / 4, "staleness/share_3": 1 / 4, "staleness/share_8_and_more": 0,
-        "length/consumed": 8 / 4, "length/sampled": 5, "groups/no_spread": 1 / 2, "groups/repeats": 1 / 2,
+        "length/consumed": 8 / 4, "length/sampled": 5, "length/p50": 2, "length/p99": 2 + 0.97,
+        "groups/no_spread": 1 / 2, "groups/all_0": 0, "groups/all_1": 1 / 2, "groups/accepted": 2 / 5,
+        "groups/repeats": 1 / 2,
         "groups/in_flight": 7, "rollouts/queued": 5, "rollouts/resumed": 3, "trainer/idle": 0.25, "push/seconds": 1.5,
         "tokens/trained": 8, "tokens/per_second": 1.0, "tokens/discarded": 11, "rollouts/failed/environment": 2,
         "rollouts/failed/reward": 0, "groups/dropped/stale": 1, "groups/dropped/timeout": 2, "groups/dropped/worker": 0}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def turn_of(ids: list[int], stop: str) -> Turn:
+    completion = Completion(ids, [-0.5] * len(ids), [1] * len(ids), stop)
+    return Turn([{"role": "user", "content": "?"}], {"role": "assistant", "content": ""}, (1,), completion)
+
+
+def test_what_repeats_itself_and_what_was_cut_off():
+    """Twelve tokens of a period of three have five runs of eight, three of them different; other turns do not count."""
+    again, fresh = turn_of([1, 2, 3] * 4, "length"), turn_of([4, 5] * 3 + [6, 7, 8], "stop")
+    both = Trajectory("a-0", "sums", 1, [again, fresh], "done")
+    assert repetition(both) == 2 / 7 and truncated(both)
+    assert repetition(rollout("a-0", [1] * 7)) == 0 and not truncated(rollout("a-0", [1]))
+    assert truncated(rollout("a-0", [1], end="tokens"))
 
 
 def test_the_last_bar_holds_all_that_is_staler():
