@@ -43,9 +43,10 @@ class _Request:
     def left(self) -> int:
         return self.sampling.max_new_tokens - self.drawn - len(self.new)
 
-    def result(self, stop: StopReason) -> Result:
-        completion = Completion(tuple(self.new), tuple(self.logprobs), tuple(self.versions), stop)
-        return Result(self.id, completion, tuple(self.model_logprobs), self.reused)
+    def result(self, stop: StopReason, since: int = 0) -> Result:
+        of = lambda values: tuple(values[since:])
+        completion = Completion(of(self.new), of(self.logprobs), of(self.versions), stop)
+        return Result(self.id, completion, of(self.model_logprobs), self.reused)
 
 
 @dataclasses.dataclass
@@ -189,11 +190,14 @@ class Engine:
         """Feeds every new request one chunk and continues every other by one block.
 
         Returns whether there was anything to do: `while engine.step(): ...` runs until nothing is left, or nothing may
-        move because the engine is paused. Raises FloatingPointError where the weights give no finite log-probs.
+        move because the engine is paused. Raises FloatingPointError where the weights give no finite log-probs, and
+        what a program raises; then the next step goes on, from the ids where the cache is gone.
         """
         if self._paused:
             return False
         self._admit()
+        if self._cache is None or any(x.is_deleted() for x in jax.tree.leaves((self._cache, self._drafts))):
+            self._begin_anew()  # a program had been given it, and failed
         with self._on_mesh():
             for index, slot in enumerate(self._slots):
                 if slot.spoiled and slot.request is not None:
@@ -210,9 +214,12 @@ class Engine:
         results, self._results = self._results, []
         return results
 
-    def progress(self, request: int) -> Result:
-        """What a request has drawn so far, as `abort` would return it; it goes on. Raises LookupError as `abort`."""
-        return self._find(request)[0].result(StopReason.ABORT)
+    def progress(self, request: int, since: int = 0) -> Result:
+        """What a request has drawn so far, as `abort` would return it, but for the first `since` tokens; it goes on.
+
+        Raises LookupError as `abort` does.
+        """
+        return self._find(request)[0].result(StopReason.ABORT, since)
 
     def abort(self, request: int) -> Result:
         """Calls a request back and returns what it has drawn; its cache stays with its session.
@@ -252,18 +259,22 @@ class Engine:
         """
         if cache not in ("keep", "recompute"):
             raise ValueError(f"cache: expected 'keep' or 'recompute', found {cache!r}")
-        if self._stale and cache == "recompute":
-            self._empty_cache()
-            for slot in self._slots:
-                slot.held = 0
-            self._stale = False
         self._paused = False
+        if self._stale and cache == "recompute":
+            self._begin_anew()
 
     def _take_weights(self, params: Any) -> None:
-        self._params, self.quantisation_error = jax.device_put(params, self._placement), 0.0
+        params, error = jax.device_put(params, self._placement), 0.0
         if self._fp8:
-            self._params, error = quantised(self.config, self._params)
-            self.quantisation_error = float(error)
+            params, error = quantised(self.config, params)
+        self._params, self.quantisation_error = params, float(error)
+
+    def _begin_anew(self) -> None:
+        """Every row is fed again, from its ids."""
+        for slot in self._slots:
+            slot.held = 0
+        self._empty_cache()
+        self._stale = False
 
     def _empty_cache(self) -> None:
         """Not only cut back: where the weights gave NaN, rows would keep it, and 0 times NaN is NaN."""

@@ -105,6 +105,38 @@ def finish_one(one: Engine, *arguments: Any, **options: Any) -> Result:
     return finish(one)[number]
 
 
+def test_progress_since_a_token():
+    one = engine(block=2)
+    number = one.submit(IDS, Sampling(8, seed=1))
+    while len(one.progress(number).completion.ids) < 4:
+        one.step()
+    whole, rest = one.progress(number), one.progress(number, since=3)
+    assert rest.completion.ids == whole.completion.ids[3:] and rest.model_logprobs == whole.model_logprobs[3:]
+    assert rest.completion.versions == whole.completion.versions[3:] and rest.completion.stop == "abort"
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_a_program_that_fails_takes_the_cache_along_and_no_token(monkeypatch, program):
+    """What it was given is gone, as after running out of memory."""
+    expected = finish_one(engine(block=2), IDS, Sampling(9, seed=2))
+    one, calls, real = engine(block=2), [], getattr(device, program)
+
+    def failing(params, config, cache, *rest):
+        calls.append(None)
+        if len(calls) == 2:
+            jax.tree.map(lambda x: x.delete(), cache)
+            raise RuntimeError("out of memory")
+        return real(params, config, cache, *rest)
+
+    monkeypatch.setattr(device, program, failing)
+    number = one.submit(IDS, Sampling(9, seed=2))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        finish(one)
+    result = finish(one)[number]
+    assert result.completion.ids == expected.completion.ids
+    np.testing.assert_allclose(result.completion.logprobs, expected.completion.logprobs, atol=1e-5)
+
+
 def test_a_waiting_request_can_be_aborted():
     one = engine(slots=1)
     first, second, third = (one.submit(IDS, Sampling(4, seed=seed)) for seed in range(3))
