@@ -45,7 +45,7 @@ def of_groups(groups: Sequence[Group], *, length: int, multiple: int, advantage:
     for row, _ in contexts:
         if len(row.ids) > length:
             raise ValueError(f"rollout {row.rollout!r}: expected at most {length} tokens in a context (the length of a "
-                             f"training row), found {len(row.ids)}; make rows longer, or contexts shorter")
+                             f"training row), found {len(row.ids)}; make rows as long as the engines' max_len")
     # A loss that is a mean over sequences divides by contexts: by rollouts is meant.
     scale = 1.0 if aggregation == "token_mean" else len(contexts) / rollouts
     packed = packing.pack_best_fit(

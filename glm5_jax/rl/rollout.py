@@ -11,7 +11,7 @@ from glm5_jax.envs.context import Count, Policy, keep_all
 from glm5_jax.envs.episode import Act, Ask, CalledBack, OutOfRoom, Reply, episode
 from glm5_jax.infer.request import RequestTooLong
 from glm5_jax.records import Failure, FailureReason, StopReason, Trajectory
-from glm5_jax.rl.executors import WorkerLost
+from glm5_jax.rl.executors import Threads, WorkerLost
 from glm5_jax.serve.gateway import Gateway, Options, Stream
 from glm5_jax.text.template import ChatError
 
@@ -20,8 +20,9 @@ Run = Callable[..., Awaitable[Any]]  # run(function, *args): what `function(*arg
 
 
 async def threads(function: Callable[..., Any], *args: Any) -> Any:
-    """In a thread. A call that was begun is waited for, also where this is cancelled: one thread at a time plays."""
-    call = asyncio.ensure_future(asyncio.to_thread(function, *args))
+    """In a thread of its own, however many others there are. A call that was begun is waited for, also where this is
+    cancelled: one thread at a time plays."""
+    call = asyncio.ensure_future(Threads(1).run(function, *args))
     try:
         return await asyncio.shield(call)
     finally:

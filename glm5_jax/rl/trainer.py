@@ -16,6 +16,7 @@ from glm5_jax.core.metrics import merge, Metric
 from glm5_jax.losses import advantage
 from glm5_jax.records import Group, PolicyVersion
 from glm5_jax.rl import batches, weights
+from glm5_jax.rl.executors import Threads
 from glm5_jax.serve.driver import Driver
 from glm5_jax.train.policy_step import PolicyStep
 from glm5_jax.train.state import TrainState
@@ -71,8 +72,15 @@ class PolicyTrainer:
         return self._state.params
 
     async def train(self, step: int, batch: Sequence[Group]) -> Mapping[str, Metric]:
-        """See `loop.Trainer.train`. Raises ValueError for a batch that cannot be cut into as many updates."""
-        return await asyncio.to_thread(self._train, step, batch)
+        """See `loop.Trainer.train`. Raises ValueError for a batch that cannot be cut into as many updates.
+
+        A step that was begun is taken, also where this is cancelled: it ends only then.
+        """
+        call = asyncio.ensure_future(Threads(1).run(self._train, step, batch))
+        try:
+            return await asyncio.shield(call)
+        finally:
+            await asyncio.wait([call])
 
     async def push(self, number: int) -> PolicyVersion:
         """See `loop.Trainer.push`."""
@@ -119,9 +127,11 @@ def to_driver(driver: Driver) -> Deliver:
 def to_folder(folder: str | os.PathLike[str], tell: Callable[[int], Awaitable[Any]], *, keep: int = 2) -> Deliver:
     """Weights for engines elsewhere: published in a folder that they see, the newest `keep` of which stay; `tell` has
     them serve a number, as `rl.remote.Remote.push` does for one and `rl.pool.Pool.push` for many."""
+    aside = Threads(1)
+
     async def deliver(number: int, step: int, params: Any) -> PolicyVersion:
-        policy = await asyncio.to_thread(functools.partial(weights.publish, folder, params, number=number, step=step))
+        policy = await aside.run(functools.partial(weights.publish, folder, params, number=number, step=step))
         await tell(number)
-        await asyncio.to_thread(weights.prune, folder, keep=keep)
+        await aside.run(functools.partial(weights.prune, folder, keep=keep))
         return policy
     return deliver

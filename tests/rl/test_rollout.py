@@ -310,3 +310,21 @@ def test_environments_play_in_threads_one_call_at_a_time():
 
     asyncio.run(main())
     assert log == ["reset ends", "close"]
+
+
+def test_a_hundred_calls_block_at_once():
+    """More than the pool of threads that a loop has of its own."""
+    begun, go_on = [], threading.Event()
+
+    def block():
+        begun.append(None)
+        assert go_on.wait(60)
+
+    async def many():
+        calls = [asyncio.create_task(threads(block)) for _ in range(100)]
+        while len(begun) < 100:
+            await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.gather(*calls)
+
+    asyncio.run(asyncio.wait_for(many(), 60))

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+import threading
 from typing import Any
 
 import jax
@@ -154,6 +155,34 @@ def test_a_batch_in_two_updates_compares_with_the_policy_before_both(make, param
     assert own == [{id for one in part.trajectories for id in one.turns[0].completion.ids} for part in BATCH]
     with pytest.raises(ValueError, match="expected a multiple of 2 groups .*, found 1"):
         asyncio.run(one.train(2, BATCH[:1]))
+
+
+def test_a_step_that_was_begun_is_taken_though_it_is_cancelled(make):
+    """Else a thread would go on with a state that others take for theirs."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        options = Options(rows=2)
+
+        def __call__(self, state, rows):
+            begun.set()
+            assert go_on.wait(60)
+            return state.replace(step=state.step + 1), {}
+
+    async def cancel() -> None:
+        one = make(step=Slow())
+        task = asyncio.create_task(one.train(1, BATCH))
+        while not begun.is_set():
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        assert not task.done() and one.step == 0
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert one.step == 1
+
+    asyncio.run(cancel())
 
 
 def test_policies_are_published_told_and_pruned(params, tmp_path):
