@@ -100,6 +100,16 @@ class _Slot:
                 sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed, stop_ids)
 
 
+@dataclasses.dataclass
+class Counts:
+    """Tokens of an engine since its start."""
+
+    drawn: int = 0
+    fed: int = 0  # of prompts, through the model
+    reused: int = 0  # of prompts, found in the cache of their session
+    again: int = 0  # held by the cache of what runs, and fed once more because of a push with "recompute", or a failure
+
+
 class Engine:
     """Continuous batching over a fixed set of slots, each with room for `max_len` tokens.
 
@@ -136,7 +146,8 @@ class Engine:
         self._slots = [_Slot(np.zeros(max_len, np.int32)) for _ in range(slots)]
         self._waiting: collections.deque[_Request] = collections.deque()
         self._results: list[Result] = []
-        self._submitted = self._time = self._tokens = self._rounds = 0
+        self._submitted = self._time = self._rounds = 0
+        self.counts = Counts()
         self._paused = self._stale = False
 
     @property
@@ -152,7 +163,7 @@ class Engine:
     @property
     def accept_length(self) -> float:
         """Tokens drawn in a round of a slot, on average since the start: 1 without drafts; NaN before the first."""
-        return self._tokens / self._rounds if self._rounds else float("nan")
+        return self.counts.drawn / self._rounds if self._rounds else float("nan")
 
     def submit(self, ids: Sequence[int] | np.ndarray, sampling: Sampling, *, session: Hashable | None = None,
                drawn: int = 0) -> int:
@@ -272,6 +283,7 @@ class Engine:
     def _begin_anew(self) -> None:
         """Every row is fed again, from its ids."""
         for slot in self._slots:
+            self.counts.again += slot.held if slot.request else 0
             slot.held = 0
         self._empty_cache()
         self._stale = False
@@ -294,6 +306,7 @@ class Engine:
             request = self._waiting.popleft()
             slot = max(idle, key=lambda slot: (slot.reusable(request), slot.session is None, -slot.left_at))
             slot.take(request, self._drafts.shape[1])
+            self.counts.reused += request.reused
 
     def _feed(self, index: int, slot: _Slot) -> None:
         count = min(self._chunk, slot.length - 1 - slot.held)
@@ -302,6 +315,7 @@ class Engine:
         self._cache = device.prefill(self._params, self.config, self._cache, np.int32(index), np.int32(slot.held),
                                      tokens, np.int32(count), np.bool_(slot.cut_back), self._drafts.shape[1])
         slot.held, slot.cut_back = slot.held + count, False
+        self.counts.fed += count
 
     def _draw(self) -> None:
         rows = device.rows_of([slot.row() for slot in self._slots])
@@ -327,7 +341,7 @@ class Engine:
         request.logprobs += logprobs.tolist()
         request.model_logprobs += model_logprobs.tolist()
         request.versions += [self.version] * len(new)
-        self._tokens += len(new)
+        self.counts.drawn += len(new)
         stopped = request.new[-1] in request.sampling.stop_ids
         if stopped or request.left == 0:
             self._leave(slot)

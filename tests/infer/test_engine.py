@@ -1,5 +1,6 @@
 """The engine against forward passes over whole sequences, whatever is submitted, aborted and pushed in between."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -103,6 +104,24 @@ def test_abort_and_resume_equals_the_uninterrupted_run(session):
 def finish_one(one: Engine, *arguments: Any, **options: Any) -> Result:
     number = one.submit(*arguments, **options)
     return finish(one)[number]
+
+
+def test_counts_by_hand():
+    """A prompt of 11, whose last token is fed with the first draw; then that, the answer and one more, of which 14 are in the
+    cache."""
+    one = engine()
+    first = finish_one(one, IDS, Sampling(4, temperature=0), session="chat")
+    assert dataclasses.astuple(one.counts) == (4, 10, 0, 0)
+    number = one.submit([*IDS, *first.completion.ids, 2], Sampling(4, temperature=0), session="chat")
+    while not one.progress(number).completion.ids:
+        one.step()
+    drawn = one.counts.drawn - 4
+    assert dataclasses.astuple(one.counts) == (4 + drawn, 10 + 1, 14, 0)
+    one.pause()
+    one.push_weights(params(1), version=1)
+    one.resume("recompute")
+    finish(one)
+    assert dataclasses.astuple(one.counts) == (8, 11 + 15 + drawn, 14, 15 + drawn)
 
 
 def test_progress_since_a_token():

@@ -34,7 +34,7 @@ def test_drafts_are_those_of_the_layer(prompt):
     one, blocks = engine(drafts=3), 0
     one.submit(prompt, Sampling(13, temperature=0.0))
     while one.step():
-        if one._tokens:
+        if one.counts.drawn:
             slot, blocks = one._slots[0], blocks + 1
             assert one._drafts[0].tolist() == guesses(slot.ids[:slot.length].tolist(), 3)
     assert blocks > 1
