@@ -175,6 +175,9 @@ class Scripted:
                 self._called_back[id].set()
                 self._engine.abort(id)
 
+    def played(self, group: str, task: str) -> None:
+        pass
+
     def ended(self, group: str, task: str, consumed: bool) -> None:
         pass
 

@@ -167,8 +167,8 @@ class Trajectory(Record):
     >>> question, answer = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}
     >>> turn = Turn([question], answer, prompt=(5, 6), completion=Completion((7,), (-0.5,), (3,), "stop"), reward=1)
     >>> one = Trajectory(id="sums-17-0", task="sums", seed=17, turns=[turn], end="done")
-    >>> one.reward, one.first_version
-    (1.0, 3)
+    >>> one.reward, one.first_version, one.sampled
+    (1.0, 3, (7,))
     >>> again = extend(one.turns, [question, answer, {"role": "user", "content": "Sure?"}], answer,
     ...                prompt=(5, 6, 7, 8), completion=Completion((7,), (-0.25,), (4,), "stop"))
     >>> again.extends, again.prompt
@@ -219,6 +219,11 @@ class Trajectory(Record):
         """The oldest policy version of a sampled token, by which staleness is measured; None without tokens."""
         stamped = (turn.completion.versions for turn in self.turns if turn.completion and turn.completion.versions)
         return min((versions[0] for versions in stamped), default=None)
+
+    @property
+    def sampled(self) -> tuple[int, ...]:
+        """All sampled ids, turn after turn."""
+        return tuple(id for turn in self.turns if turn.completion for id in turn.completion.ids)
 
     def sent(self, index: int) -> tuple[Message, ...]:
         """All messages that were sent in turn `index`."""

@@ -91,13 +91,17 @@ class Workers(abc.ABC, Generic[W]):
         self._slots = asyncio.Semaphore(_at_least_one(workers))
         self._idle: list[W] = []
         self._busy: list[W] = []
+        self._closings = 0
 
     async def run(self, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> Any:
+        closings = self._closings
         async with self._slots:
+            self._unless_closed(closings)
             worker = self._idle.pop() if self._idle else await self._start()
             self._busy.append(worker)
             whole = False
             try:
+                self._unless_closed(closings)
                 answer = await self._call(worker, function, args, timeout)
                 whole = True
                 return answer
@@ -114,11 +118,16 @@ class Workers(abc.ABC, Generic[W]):
                     await self._gone(worker)
 
     async def close(self) -> None:
-        """Kills all workers; calls that run raise WorkerLost. The next `run` would start others."""
+        """Kills all workers; calls that run or wait raise WorkerLost. The next `run` would start others."""
+        self._closings += 1
         idle, busy, self._idle, self._busy = self._idle, self._busy, [], []
         for worker in idle + busy:
             self._kill(worker)
         await asyncio.gather(*map(self._gone, idle))
+
+    def _unless_closed(self, closings: int) -> None:
+        if self._closings != closings:
+            raise WorkerLost("this executor was closed under the call")
 
     @abc.abstractmethod
     async def _start(self) -> W:

@@ -26,8 +26,11 @@ class Players(Protocol):
     def call_back(self, ids: Collection[str]) -> None:
         """These rollouts end soon, as partial ones (end ABORTED), unless they end by themselves."""
 
+    def played(self, group: str, task: str) -> None:
+        """All rollouts of a group have ended; it waits to be consumed."""
+
     def ended(self, group: str, task: str, consumed: bool) -> None:
-        """A group was consumed, or dropped."""
+        """A group was consumed, or dropped, then perhaps with rollouts that are still being played."""
 
 
 class Flights:
@@ -119,8 +122,8 @@ class Flights:
         """Drops a group that runs or is done."""
         flight = self._running.pop(ticket.id, None) or self._done.pop(ticket.id)[0]
         self._call_back([flight])
-        if flight.over:
-            self.since.discarded += sum(map(tokens, flight.ended))
+        # Those that are being played count when they have ended.
+        self.since.discarded += sum(tokens(one) for id, one in flight.recorded.items() if id not in self._playing)
         self._drop(flight, reason, detail)
 
     def hold(self) -> None:
@@ -139,6 +142,7 @@ class Flights:
         """Calls back all that is played, and keeps it as far as it has come."""
         try:
             self.hold()
+            self.collect()  # nobody tells again of those that ended before
             while self._playing:
                 await self._changed.wait()
                 self._changed.clear()
@@ -220,6 +224,7 @@ class Flights:
         else:
             self.refused.clear()
             self._done[flight.order.id] = flight, settled
+            self._players.played(flight.order.id, flight.order.task)
 
     def _drop(self, flight: Flight, reason: str, detail: str) -> None:
         self._ledger.drop(flight.order.id, reason, detail)

@@ -133,7 +133,7 @@ class Ledger:
             elif known[:2] != (group, EndReason.ABORTED.value):
                 raise LedgerError(f"rollout {trajectory.id!r}: expected a new or a partial one of group {group!r}, "
                                   f"found one of {known[0]!r} that ended with {known[1]!r}")
-            elif (had := _sampled(from_json(Trajectory, known[2]))) != (has := _sampled(trajectory))[:len(had)] and (
+            elif (had := from_json(Trajectory, known[2]).sampled) != (has := trajectory.sampled)[:len(had)] and (
                     trajectory.failure is None):
                 raise LedgerError(f"rollout {trajectory.id!r}: expected what is recorded of it, {len(had)} sampled "
                                   f"tokens, and more; found {len(has)} that do not begin with them")
@@ -313,11 +313,6 @@ class Ledger:
                     db.execute(statement)
             if found < len(MIGRATIONS):
                 db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-
-
-def _sampled(trajectory: Trajectory) -> list[int]:
-    """All sampled ids, turn after turn."""
-    return [id for turn in trajectory.turns if turn.completion for id in turn.completion.ids]
 
 
 def _statements(script: str) -> Iterator[str]:

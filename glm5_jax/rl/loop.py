@@ -33,18 +33,19 @@ class Problem:
 
 
 class EndOfData(Exception):
-    """Raised by `Rollouts.next`: there are no more problems."""
+    """Raised by `Rollouts.next`: there are no more problems, unless somebody adds some."""
 
 
 class Rollouts(Players, Protocol):
     """What plays, and knows what."""
 
     def restore(self, tasks: Mapping[str, Balance]) -> None:
-        """The books of each task, when the loop begins; groups in flight are played on without `next`."""
+        """The books of each task, when the loop begins; groups in flight are played on without `next`, and those that
+        have no rollouts left to play are told by `played`."""
 
     def next(self, number: int) -> Problem | None:
         """What the group with this number, from 0, is of; it is dispatched at once, or the number asked for again.
-        None where there is none for now. Raises EndOfData."""
+        None where there is none for now. Raises EndOfData; as long as anything is under way, it is asked again."""
 
 
 class Trainer(Protocol):
@@ -52,7 +53,7 @@ class Trainer(Protocol):
 
     @property
     def step(self) -> int:
-        """Steps of this run that its newest checkpoint holds."""
+        """Steps of this run that are done; in a new process those that its newest checkpoint holds."""
 
     async def train(self, step: int, batch: Sequence[Group]) -> Mapping[str, Metric]:
         """Training step number `step`, from 1. A crash takes back the steps after the newest checkpoint."""
@@ -114,7 +115,7 @@ class _Run:
         self.policy = self.dispatched = 0  # the newest policy, groups ever
         self.draining = self.at_end = self.in_vain = False  # in_vain: there was no problem when one was asked for
         self.nothing_since: float | None = None  # for want of problems
-        self.idle: list[float] = []
+        self.idle: tuple[float, ...] = ()
         self.free = self.begun = self.now()  # when the trainer last became free, and last began
 
     async def until(self, steps: int) -> None:
@@ -155,7 +156,7 @@ class _Run:
         # As if all steps had taken batches of today's size: those before a restart may have been others.
         consumed = (self.version + (self.update is not None)) * self.scheduler.groups
         return View(self.version, self.update is not None, consumed + len(self.flights), self.flights.running,
-                    self.flights.done, self.flights.held, tuple(self.idle))
+                    self.flights.done, self.flights.held, self.idle)
 
     def _decide(self) -> None:
         for ticket in self.scheduler.expired(self._view()):
@@ -201,12 +202,13 @@ class _Run:
         update, self.update = self.update.result(), None
         times = Times(self.begun - self.free, update.pushed, self.now() - self.free)
         self.version, self.free = self.version + 1, self.now()
-        self.idle.append(times.idle)
+        self.idle += times.idle,
         if self.loop.writer is not None:
             self.loop.writer.write(self.version, collect({**update.metrics, **self.report(times=times)}))
 
     async def _push(self, step: int) -> None:
-        """The ledger knows the number before an engine could serve it: it is never used for other weights."""
+        """The ledger knows the number before an engine could serve it: it is never used for other weights. What their
+        checksum is comes out later, and stands beside them (see `rl.weights`)."""
         number = max(self.step_of, default=0) + 1  # 0 is what engines begin with
         self.ledger.push(PolicyVersion(number, step))
         self.step_of[number] = step
@@ -218,7 +220,7 @@ class _Run:
     def _dispatch(self) -> bool:
         """Begins a group, if there is a problem for it."""
         try:
-            problem = None if self.at_end else self.rollouts.next(self.dispatched)
+            problem, self.at_end = self.rollouts.next(self.dispatched), False
         except EndOfData:
             problem, self.at_end = None, True
         if problem is None:

@@ -8,6 +8,7 @@ rollout. It knows nothing that the ledger does not: after a restart it is told t
 import asyncio
 import collections
 import dataclasses
+import logging
 import math
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import TypeVar
@@ -19,6 +20,7 @@ from glm5_jax.rl.loop import EndOfData, Problem
 from glm5_jax.rl.ratios import Claim, RoundRobin
 
 GRACE_S = 5.0  # for what was cancelled to clean up
+_logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Play = Callable[[Order, str, Trajectory | None, asyncio.Event], Awaitable[Trajectory]]
@@ -74,7 +76,7 @@ class Orchestrator:
         self._counts: dict[str, Count] = {}
         self._running: collections.Counter[str] = collections.Counter()  # groups that still have rollouts to play
         self._at_end: set[str] = set()  # tasks without more problems
-        self._unfinished: dict[str, int] = {}  # rollouts that a group still has to play
+        self._played: set[str] = set()  # groups that wait to be consumed
         self._round = RoundRobin()
         self._slots = asyncio.Semaphore(limit)
         self._called_back: dict[str, asyncio.Event] = {}
@@ -102,10 +104,11 @@ class Orchestrator:
         del self._services[task]
 
     def restore(self, tasks: Mapping[str, Balance]) -> None:
-        """Goes on from these numbers, the ledger's, instead of from none."""
+        """Goes on from these numbers, the ledger's, instead of from none; `played` tells which of the groups in flight
+        have nothing left to play."""
         self._counts = {task: Count(one.dispatched, one.consumed, one.in_flight) for task, one in tasks.items()}
         self._running = collections.Counter({task: one.in_flight for task, one in tasks.items()})
-        self._unfinished, self._at_end = {}, set()
+        self._played, self._at_end = set(), set()
 
     def counts(self) -> dict[str, Count]:
         """The numbers of every task that has any."""
@@ -135,28 +138,33 @@ class Orchestrator:
             return problem
         raise EndOfData("no task has another problem")
 
+    def played(self, group: str, task: str) -> None:
+        """Makes room for another group: all rollouts of this one have ended, and it waits to be consumed."""
+        self._running[task] -= 1
+        self._played.add(group)
+
     def ended(self, group: str, task: str, consumed: bool) -> None:
         """Counts a group that is not in flight any more: consumed, or dropped."""
         count = self._counts.get(task, Count())
         self._counts[task] = Count(count.dispatched, count.consumed + consumed, max(0, count.in_flight - 1))
-        if self._unfinished.pop(group, 1):
+        if group in self._played:
+            self._played.remove(group)
+        else:
             self._running[task] -= 1
 
     async def play(self, order: Order, id: str, so_far: Trajectory | None) -> Trajectory:
         """Plays one rollout to its end, its reward included, or until it is called back. Never raises but for its own
         cancellation: what fails is a trajectory that says so, behind the turns of `so_far`."""
         called_back = self._called_back[id] = asyncio.Event()
-        self._unfinished.setdefault(order.id, order.size)
         try:
             ended = await self._play(order, id, so_far, called_back)
         finally:
             del self._called_back[id]
-        if ended.end is not EndReason.ABORTED:
-            if order.id in self._unfinished:  # else the group was dropped meanwhile
-                self._unfinished[order.id] -= 1
-                self._running[order.task] -= self._unfinished[order.id] == 0
-            if self._log:
+        if self._log and ended.end is not EndReason.ABORTED:
+            try:
                 self._log(ended)
+            except Exception as error:  # costs a line, and no rollout
+                _logger.warning("rollout %s is not in the log: %r", id, error)
         return ended
 
     def call_back(self, ids: Collection[str]) -> None:
@@ -231,14 +239,10 @@ def _require_goes_on(begun: Trajectory, ended: Trajectory) -> None:
     for field in ("id", "task", "seed"):
         if getattr(ended, field) != getattr(begun, field):
             raise ValueError(f"{field}: expected {getattr(begun, field)!r}, found {getattr(ended, field)!r}")
-    had, has = _sampled(begun), _sampled(ended)
+    had, has = begun.sampled, ended.sampled
     if has[:len(had)] != had and ended.failure is None:
         raise ValueError(f"turns: expected the {len(had)} sampled tokens it went on from, found {len(has)} that do not "
                          f"begin with them")
-
-
-def _sampled(trajectory: Trajectory) -> list[int]:
-    return [id for turn in trajectory.turns if turn.completion for id in turn.completion.ids]
 
 
 def _rewarded(ended: Trajectory, reward: float) -> Trajectory:

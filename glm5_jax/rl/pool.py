@@ -68,6 +68,7 @@ class Pool(Generic[E]):
         self._affinity = Affinity(engines, slack=slack)
         self._newest: dict[str, int] = {}  # version that a session has seen tokens of
         self._calls: dict[str, set[_Call]] = {}
+        self._released: set[str] = set()  # sessions that are to be forgotten with their last call
         self._handed: set[str] = set()  # engines that are just being given weights
         self._pushing, self._changed = asyncio.Lock(), asyncio.Event()
         self._heartbeat = Heartbeat(self._ask, pace, lost=lambda name: self._lose(self._inside.get(name)),
@@ -122,16 +123,19 @@ class Pool(Generic[E]):
         """See `Generator.stream`. What an engine had drawn before it was lost is not drawn again."""
         ids, call = list(ids), _Call()
         self._calls.setdefault(session, set()).add(call)
+        self._released.discard(session)
         try:
             for moved in range(self._moves + 1):
-                member = await self._when(lambda: self._member(session), f"session {session!r}")
-                call.member = member
-                if call.aborted:
+                member = await self._when(lambda: call.aborted or self._member(session), f"session {session!r}")
+                if isinstance(member, bool):
                     yield ABORTED
                     return
+                call.member, least = member, member.version  # what was drawn before a push may come after it
                 try:
                     async with contextlib.aclosing(_pieces(member, ids, sampling, session, drawn)) as pieces:
                         async for piece in pieces:
+                            if piece.versions and piece.versions[0] < least:
+                                raise _started_anew(member, least, piece.versions[0])
                             ids += piece.ids
                             drawn += len(piece.ids)
                             self._newest[session] = max((self._newest.get(session, 0), *piece.versions[-1:]))
@@ -147,6 +151,8 @@ class Pool(Generic[E]):
             self._calls[session].remove(call)
             if not self._calls[session]:
                 del self._calls[session]
+                if session in self._released:
+                    self.release(session)
 
     def abort(self, session: str) -> None:
         """See `Generator.abort`."""
@@ -154,9 +160,14 @@ class Pool(Generic[E]):
             call.aborted = True
             if call.member is not None:
                 call.member.engine.abort(session)
+        self._tell()
 
     def release(self, session: str) -> None:
-        """See `Generator.release`."""
+        """See `Generator.release`; a session with streams under way is kept until the last of them ends."""
+        if session in self._calls:
+            self._released.add(session)
+            return
+        self._released.discard(session)
         if self._inside:
             self._inside[self._affinity.route(session)].engine.release(session)
         self._affinity.release(session)
@@ -193,8 +204,7 @@ class Pool(Generic[E]):
         finally:
             self._handed.discard(member.name)
         try:
-            async with asyncio.timeout(self._wait_s):
-                member.version = await self._beat(member.engine)
+            await self._look(member)
         except Exception as raised:
             self._lose(member)
             return error or raised
@@ -209,14 +219,15 @@ class Pool(Generic[E]):
         if member is None:
             await self._beat(self._outside[name].engine)
             return
-        if (found := await self._beat(member.engine)) < member.version:
-            self._lose(member)  # it was started anew, say
-            raise EngineLost(f"engine {name!r}: expected version {member.version}, found {found}")
+        least = member.version
+        if (found := await self._beat(member.engine)) < least:
+            self._lose(member)
+            raise _started_anew(member, least, found)
 
     async def _admit(self, name: str) -> None:
         """Takes an engine in that is outside, or raises why it cannot be."""
         member = self._outside[name]
-        member.version = await self._beat(member.engine)
+        await self._look(member)
         if member.version < self.version and (error := await self._hand(member, self.version)):
             raise error
         if member.version != self.version:
@@ -227,6 +238,11 @@ class Pool(Generic[E]):
             self._affinity.add(name)
             self._tell()
 
+    async def _look(self, member: _Member[E]) -> None:
+        """Asks an engine which weights it serves."""
+        async with asyncio.timeout(self._wait_s):
+            member.version = await self._beat(member.engine)
+
     def _lose(self, member: _Member[E] | None) -> None:
         """Takes an engine out, unless it is out already; its streams move."""
         if member is not None and self._inside.get(member.name) is member:
@@ -236,7 +252,7 @@ class Pool(Generic[E]):
             self._tell()
 
     def _tell(self) -> None:
-        """Wakes who waits for an engine."""
+        """Wakes who waits for an engine, or may have been called back."""
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -251,6 +267,11 @@ async def _pieces(member: _Member, ids: Sequence[int], sampling: Sampling, sessi
     finally:
         with contextlib.suppress(Exception):
             await stream.aclose()
+
+
+def _started_anew(member: _Member, least: int, found: int) -> EngineLost:
+    return EngineLost(f"engine {member.name!r}: expected version {least} of the weights or a later one, found {found}; it "
+                      f"was started anew, say")
 
 
 async def _unless_lost(member: _Member, work: Awaitable[T]) -> T:

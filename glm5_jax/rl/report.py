@@ -80,10 +80,9 @@ def measure(batch: Sequence[Group], version: int, step_of: Mapping[int, int], si
     drawn = [version - step_of[number] for one in rollouts for turn in one.turns if turn.completion
              for number in turn.completion.versions]
     lengths = [tokens(one) for one in rollouts]
-    rewards = [one.reward for one in rollouts if one.reward is not None]
     of_group = [{one.reward for one in group.trajectories if one.end.complete} for group in batch]
     found: dict[str, Metric] = {
-        "reward/mean": _mean(rewards),
+        "reward/mean": _mean([one.reward for one in rollouts]),
         "staleness/mean": _mean(stale),
         "staleness/max": Max(jnp.float32(max(stale, default=-np.inf))),
         "staleness/tokens": _mean(drawn),

@@ -23,6 +23,7 @@ from glm5_jax.rl.heartbeat import Heartbeat, Pace
 from glm5_jax.rl.ledger import Order
 
 CONNECT_S = 10.0
+AGAIN_S = 1.0  # between the times that a rollout is called back
 LONGEST = 2**28  # bytes of one answer
 
 
@@ -127,9 +128,12 @@ class TaskClient:
         raise kind(f"{worker.url}: status {answer.status_code}: {found[:2000].decode(errors='replace')}")
 
     async def _call_back(self, worker: _Worker, id: str, called_back: asyncio.Event) -> None:
+        """Until it is cancelled, whatever the answer: one may come from before the worker has begun the rollout."""
         await called_back.wait()
-        with contextlib.suppress(httpx.TransportError):  # then the rollout itself fails
-            await self._client.post(f"{worker.url}/call_back", json={"id": id})
+        while True:
+            with contextlib.suppress(httpx.RequestError):
+                await self._client.post(f"{worker.url}/call_back", json={"id": id})
+            await asyncio.sleep(AGAIN_S)
 
     async def _ask(self, url: str) -> None:
         answer = await self._client.get(f"{url}/health")

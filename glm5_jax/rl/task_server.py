@@ -5,7 +5,7 @@
 
 POST /play {"order", "id", "so_far"} answers with the trajectory, POST /reward with {"reward"} of a trajectory, POST
 /call_back {"id"} has a rollout end soon, GET /health says which task this is. Every request bears the token. A rollout
-whose client is gone is cancelled.
+whose client is gone, or that is asked for anew, is cancelled; where it takes its time to clean up, the answer is 503.
 """
 
 import asyncio
@@ -58,17 +58,17 @@ def app(service: Service, token: str, *, longest: int = LONGEST) -> Starlette:
             raise Refused(400, f"order.task and id: expected {service.name!r} and a string, found {order.task!r} and "
                                f"{id!r}")
         so_far = None if asked["so_far"] is None else _trajectory(asked["so_far"])
-        if id in playing:  # the one who asked for it has lost sight of it
-            playing[id][0].cancel()
+        while id in playing:  # the one who asked for it has lost sight of it
+            earlier = playing[id][0]
+            earlier.cancel()
+            await asyncio.wait({earlier}, timeout=GRACE_S)
+            if not earlier.done():
+                raise Refused(503, f"id: expected a rollout that has ended, found that {id!r} still cleans up")
         called_back = asyncio.Event()
         work: asyncio.Future[Trajectory] = asyncio.ensure_future(service.play(order, id, so_far, called_back))
-        own = playing[id] = work, called_back
-        try:
-            ended = await _unless_gone(request, work)
-            return Response(to_json(ended), media_type="application/json")
-        finally:
-            if playing.get(id) is own:
-                del playing[id]
+        playing[id] = work, called_back
+        work.add_done_callback(lambda _: playing.pop(id))  # and not before: what was cancelled may take its time
+        return Response(to_json(await _unless_gone(request, work)), media_type="application/json")
 
     async def reward(request: Request) -> Response:
         trajectory = _trajectory(await _body(request, longest))

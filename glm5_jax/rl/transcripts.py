@@ -20,9 +20,6 @@ class Transcripts:
         self.path = pathlib.Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")  # a process was killed within its line: it stays a line of its own
 
     def close(self) -> None:
         """Closes the file; what was written stays."""
@@ -35,9 +32,13 @@ class Transcripts:
         self.close()
 
     def add(self, trajectory: Trajectory) -> None:
-        """Appends one rollout."""
+        """Appends one rollout. Raises OSError where the disk does not take it, and ValueError or TypeError for messages
+        that are no JSON."""
         line = json.dumps(transcript(trajectory), ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace")
         line += b"\n"
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            line = b"\n" + line  # a crash or a full disk has cut a line short: it stays a line of its own
         while line:
             line = line[os.write(self._file, line):]
         os.fsync(self._file)

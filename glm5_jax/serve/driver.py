@@ -11,6 +11,7 @@ to do it sleeps until something is sent.
 
 import asyncio
 import dataclasses
+import itertools
 import math
 import queue
 import threading
@@ -46,10 +47,9 @@ class _Ticket:
     inbox: asyncio.Queue
     told: int = 0  # tokens delivered
 
-    def deliver(self, completion: Completion, last: bool) -> None:
-        told, self.told = self.told, len(completion.ids)
-        self._put((Completion(completion.ids[told:], completion.logprobs[told:], completion.versions[told:],
-                              completion.stop), last))
+    def deliver(self, piece: Completion, last: bool) -> None:
+        self.told += len(piece.ids)
+        self._put((piece, last))
 
     def fail(self, error: Exception) -> None:
         self._put(error)
@@ -61,13 +61,21 @@ class _Ticket:
             pass  # its loop is closed: nobody reads it any more
 
 
+@dataclasses.dataclass(frozen=True)
+class _Command:
+    """What the thread is to do, or `refuse` where it has ended instead."""
+
+    run: Callable[[], None]
+    refuse: Callable[[Exception], None] = lambda error: None
+
+
 class Driver:
     """A `Generator` over one engine, which is the driver's from now on. Close it, or leave the `with`, in the end."""
 
     def __init__(self, engine: Engine):
         self.max_len, self.gauges = engine.max_len, Gauges(version=engine.version)
         self._engine = engine
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._tickets: dict[int, _Ticket] = {}  # by the engine's number, in the order of their coming
         self._tokens = 0
         self._closed, self._door = False, threading.Lock()
@@ -83,7 +91,7 @@ class Driver:
                      drawn: int = 0) -> AsyncGenerator[Completion, None]:
         """See `Generator.stream`. A step of the engine that fails raises EngineLost in the streams that hold a slot."""
         ticket, ended = _Ticket(session, asyncio.get_running_loop(), asyncio.Queue()), False
-        self._send(lambda: self._begin(ticket, ids, sampling, drawn))
+        self._send(_Command(lambda: self._begin(ticket, ids, sampling, drawn), ticket.fail))
         try:
             while not ended:
                 item = await ticket.inbox.get()
@@ -94,11 +102,11 @@ class Driver:
                 yield piece
         finally:
             if not ended:
-                self._send(lambda: self._recall(lambda other: other is ticket), late=True)
+                self._send(_Command(lambda: self._recall(lambda other: other is ticket)), late=True)
 
     def abort(self, session: str) -> None:
         """See `Generator.abort`."""
-        self._send(lambda: self._recall(lambda ticket: ticket.session == session), late=True)
+        self._send(_Command(lambda: self._recall(lambda ticket: ticket.session == session)), late=True)
 
     def release(self, session: str) -> None:
         """Nothing is to be done: a row of the engine's cache goes to whoever needs it."""
@@ -108,19 +116,24 @@ class Driver:
         Closed."""
         future: Future[T] = Future()
 
-        def command() -> None:
+        def run() -> None:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(function(self._engine))
                 except BaseException as error:
                     future.set_exception(error)
 
-        self._send(command)
+        def refuse(error: Exception) -> None:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+        self._send(_Command(run, refuse))
         return await asyncio.wrap_future(future)
 
     async def push(self, params: Any, version: int, cache: Literal["keep", "recompute"] = "recompute") -> None:
         """Hands new weights to the engine between two steps, under the streams that go on. Arguments and errors as of
-        `Engine.push_weights` and `Engine.resume`; where it raises, the engine goes on with the weights it had."""
+        `Engine.push_weights`, after which the engine goes on with the weights it had, and of `Engine.resume`, after
+        which it has the new ones but not the cache: the streams under way raise EngineLost."""
         if cache not in ("keep", "recompute"):
             raise ValueError(f"cache: expected 'keep' or 'recompute', found {cache!r}")
 
@@ -129,7 +142,12 @@ class Driver:
             try:
                 engine.push_weights(params, version)
             finally:
-                engine.resume(cache)
+                try:
+                    engine.resume(cache)
+                except Exception as error:
+                    self._fail(error, len(self._tickets))
+                    engine.resume("keep")  # of what is not there: a step that needs it fails, where a pause would hang
+                    raise
 
         await self.call(swap)
 
@@ -147,7 +165,7 @@ class Driver:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _send(self, command: Callable[[], None], late: bool = False) -> None:
+    def _send(self, command: _Command, late: bool = False) -> None:
         """Nothing is sent to a driver that is closed; `late` is what has no point then."""
         with self._door:
             if not self._closed:
@@ -161,9 +179,9 @@ class Driver:
             while self._obey(wait=not busy):
                 try:
                     busy = self._engine.step()
-                except Exception as error:
+                except Exception as error:  # of those that hold a slot; where none does, of the first: not of nobody
                     self._deliver()
-                    self._fail(error)
+                    self._fail(error, max(self._engine.running, 1))
                     busy = bool(self._tickets)
                 self._deliver()
         finally:  # also of an error of its own, which is not to leave anybody waiting
@@ -171,6 +189,9 @@ class Driver:
                 self._closed = True
             for ticket in self._tickets.values():
                 ticket.fail(Closed("this driver: it was closed under the stream"))
+            while not self._commands.empty():
+                if (command := self._commands.get()) is not None:
+                    command.refuse(Closed("this driver: it was closed before it came to this"))
 
     def _obey(self, wait: bool) -> bool:
         """Does what has been sent, after waiting for the first of it; False where that was to close."""
@@ -179,7 +200,7 @@ class Driver:
                 command = self._commands.get(block=wait)
                 if command is None:
                     return False
-                command()
+                command.run()
                 wait = False
         except queue.Empty:
             return True
@@ -199,24 +220,25 @@ class Driver:
     def _deliver(self) -> None:
         for result in self._engine.results():
             self._last(result.request, result)
-        for number, ticket in self._tickets.items():
-            completion = self._engine.progress(number).completion
-            if len(completion.ids) > ticket.told:
-                self._tokens += len(completion.ids) - ticket.told
-                ticket.deliver(completion, last=False)
+        for number, ticket in itertools.islice(self._tickets.items(), self._engine.running):  # they came first
+            piece = self._engine.progress(number, since=ticket.told).completion
+            if piece.ids:
+                self._tokens += len(piece.ids)
+                ticket.deliver(piece, last=False)
         self.gauges = Gauges(self._engine.waiting, self._engine.running, self._tokens, self._engine.version,
                              self._engine.accept_length)
 
     def _last(self, number: int, result: Result) -> None:
-        ticket = self._tickets.pop(number)
-        self._tokens += len(result.completion.ids) - ticket.told
-        ticket.deliver(result.completion, last=True)
+        ticket, whole = self._tickets.pop(number), result.completion
+        piece = Completion(whole.ids[ticket.told:], whole.logprobs[ticket.told:], whole.versions[ticket.told:],
+                           whole.stop)
+        self._tokens += len(piece.ids)
+        ticket.deliver(piece, last=True)
 
-    def _fail(self, error: Exception) -> None:
-        """The requests that hold a slot are those that came first: they are called back, and their streams fail. Where
-        none holds one, the first fails, so that no step fails for nobody."""
-        for number in list(self._tickets)[:max(self._engine.running, 1)]:
+    def _fail(self, error: Exception, count: int) -> None:
+        """Calls back what came first, and fails its streams."""
+        for number in list(self._tickets)[:count]:
             self._engine.abort(number)
-            lost = EngineLost(f"a step of the engine failed: {type(error).__name__}: {error}")
+            lost = EngineLost(f"the engine failed: {type(error).__name__}: {error}")
             lost.__cause__ = error
             self._tickets.pop(number).fail(lost)

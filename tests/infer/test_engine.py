@@ -107,8 +107,8 @@ def finish_one(one: Engine, *arguments: Any, **options: Any) -> Result:
 
 
 def test_counts_by_hand():
-    """A prompt of 11, whose last token is fed with the first draw; then that, the answer and one more, of which 14 are in the
-    cache."""
+    """A prompt of 11, whose last token is fed with the first draw; then that, the answer and one more, of which the
+    cache has 14; then a push, which has all of it fed again."""
     one = engine()
     first = finish_one(one, IDS, Sampling(4, temperature=0), session="chat")
     assert dataclasses.astuple(one.counts) == (4, 10, 0, 0)

@@ -218,6 +218,9 @@ class Player:
     def call_back(self, ids: Any) -> None:
         self.recalled |= set(ids) & self.playing
 
+    def played(self, group: str, task: str) -> None:
+        self.world.note("played", group, task)
+
     def ended(self, group: str, task: str, consumed: bool) -> None:
         self.world.note("consumed" if consumed else "dropped", group, task)
 

@@ -12,6 +12,14 @@ from glm5_jax.rl.schedule import Ticket
 from tests.rl import harness
 
 
+def rollout(order, id, count):
+    """With so many tokens; ten are the whole."""
+    over = count == 10
+    completion = Completion([7] * count, [-0.5] * count, [1] * count, "stop" if over else "abort")
+    turn = Turn([{"role": "user", "content": "?"}], {"role": "assistant", "content": ""}, (1,), completion)
+    return Trajectory(id, order.task, order.seed, [turn] if count else [], "done" if over else "aborted")
+
+
 class Slow:
     """Each rollout takes ten seconds, or ends when it is called back, with one token for each second."""
 
@@ -25,13 +33,13 @@ class Slow:
             await asyncio.sleep(1)
             count += 1
         self.recalled.discard(id)
-        over = count == 10
-        completion = Completion([7] * count, [-0.5] * count, [1] * count, "stop" if over else "abort")
-        turn = Turn([{"role": "user", "content": "?"}], {"role": "assistant", "content": ""}, (1,), completion)
-        return Trajectory(id, order.task, order.seed, [turn] if count else [], "done" if over else "aborted")
+        return rollout(order, id, count)
 
     def call_back(self, ids):
         self.recalled |= set(ids) & set(self.begun)
+
+    def played(self, group, task):
+        self.told.append((group, task))
 
     def ended(self, group, task, consumed):
         self.told.append((group, task, consumed))
@@ -49,12 +57,12 @@ def in_flight(ledger, number, size=2):
     return Flight.of(order, Ticket(order.id, number, 0))
 
 
-def go(ledger, scenario):
+def go(ledger, scenario, at_once=3):
     """Runs `scenario(flights, players)`, then stops the flights."""
     players = Slow()
 
     async def main():
-        flights = Flights(ledger, players, 3, {1: 0}, asyncio.Event())
+        flights = Flights(ledger, players, at_once, {1: 0}, asyncio.Event())
         await scenario(flights)
         await flights.stop()
         assert flights.playing == 0
@@ -132,6 +140,47 @@ def test_a_group_that_is_given_up_ends_its_rollouts_and_counts_their_tokens(ledg
     assert players.told == [("sums-0", "sums", False)] and ledger.balance().dropped == {"stale": 1}
 
 
+def test_tokens_of_a_group_that_is_given_up_count_whatever_became_of_them(ledger):
+    """One rollout has ended, one is partial and waits, one is partial and played on, one was not begun."""
+    async def scenario(flights):
+        order = Order("sums-0", "sums", 0, 4, 1)
+        ledger.dispatch(order)
+        recorded = [rollout(order, "sums-0-0", 10), rollout(order, "sums-0-1", 5), rollout(order, "sums-0-2", 3)]
+        for one in recorded:
+            ledger.record(order.id, one)
+        flight = Flight.of(order, Ticket(order.id, 0, 0), recorded)
+        flights.enter(flight)
+        flights.start()
+        assert (flights.playing, flights.queued) == (1, 2)
+        await asyncio.sleep(1.5)
+        flights.give_up(flight.ticket, "stale", "of long ago")
+        assert flights.since.discarded == 10 + 3
+        await seconds(flights, 1)
+        assert flights.playing == 0 and flights.since.discarded == 10 + 3 + 7
+
+    go(ledger, scenario, at_once=1)
+
+
+def test_a_full_disk_ends_it_where_rollouts_end_together(ledger, monkeypatch):
+    """What is left of those that have ended is entered, and nobody waits for them."""
+    def full(*_):
+        monkeypatch.undo()
+        raise OSError("no space left on device")
+
+    async def scenario(flights):
+        flights.enter(in_flight(ledger, 0))
+        flights.start()
+        await asyncio.sleep(10.5)
+        flights._changed.clear()  # as the loop does
+        monkeypatch.setattr(ledger, "record", full)
+        with pytest.raises(OSError, match="no space left"):
+            flights.collect()
+        assert flights.playing == 1
+
+    go(ledger, scenario)
+    assert [one.end for one in ledger.trajectories("sums-0")] == [EndReason.DONE]
+
+
 def test_no_more_rollouts_at_once_than_there_is_room_for(ledger):
     async def scenario(flights):
         for number in range(3):
@@ -172,5 +221,6 @@ def test_a_batch_is_in_order_of_dispatch(ledger):
         assert len(flights) == 0
 
     players, _ = go(ledger, scenario)
-    assert players.told == [("sums-0", "sums", True), ("sums-1", "sums", True)]
+    assert players.told[-2:] == [("sums-0", "sums", True), ("sums-1", "sums", True)]
+    assert set(players.told[:-2]) == {("sums-0", "sums"), ("sums-1", "sums")}
     assert [group.id for group in ledger.batch(1)] == ["sums-0", "sums-1"]

@@ -164,6 +164,21 @@ def test_the_end_of_data(stage, scheduler):
     assert books.consumed == 6 and books.in_flight + books.dropped.get("stale", 0) == 1
 
 
+def test_problems_that_come_after_the_end_of_data(stage):
+    """A task is added while the last step is under way."""
+    class Growing(Player):
+        def next(self, number):
+            if number >= 2 * (1 + len(self.world.checkpoints)):
+                raise EndOfData
+            return super().next(number)
+
+    one = stage(Async(2, 1), Script(3, failing=0, raising=0), player=Growing)
+    one.run(3)
+    with pytest.raises(Stuck, match="after 3 of 4 steps: there are no more problems"):
+        one.player.next = lambda number: Player.next(one.player, 99 if number < 8 else number)
+        one.run(4)
+
+
 def test_no_problem_for_now(stage):
     """Tasks that come and go: the loop asks again, and gives up where nothing comes for long."""
     class Shy(Player):

@@ -13,7 +13,7 @@ from glm5_jax.rl.executors import WorkerLost
 from glm5_jax.rl.ledger import Balance, Ledger, Order
 from glm5_jax.rl.loop import EndOfData, Loop
 from glm5_jax.rl.orchestrator import Count, Orchestrator, Service
-from glm5_jax.rl.schedule import Async
+from glm5_jax.rl.schedule import Async, Sync
 from tests.rl.harness import run
 
 REPLY = {"role": "assistant", "content": "2"}
@@ -240,6 +240,14 @@ def test_a_thousand_rollouts_at_once_and_no_more():
     assert all(one.end is EndReason.DONE for one in ended)
 
 
+def test_a_log_that_fails_costs_no_rollout(caplog):
+    def full(trajectory):
+        raise OSError("no space left on device")
+
+    assert play(service(), log=full) == rollout(ORDER, "sums-0")
+    assert "rollout sums-0 is not in the log: OSError('no space left on device')" in caplog.text
+
+
 class World:
     """A loop of its own: `at_once` groups in flight, consumed as they end."""
 
@@ -305,14 +313,11 @@ def test_the_cap_is_of_groups_that_play_and_not_of_those_that_wait_to_be_consume
         orchestrator = Orchestrator([service(most=2, size=2)])
         orders = [Order(f"g-{i}", *dataclasses.astuple(orchestrator.next(i)), 0) for i in range(2)]
         assert [order.seed for order in orders] == [100, 101] and orchestrator.next(2) is None
-        await orchestrator.play(orders[0], "a", None)
-        assert orchestrator.next(2) is None
-        await orchestrator.play(orders[0], "b", None)
+        orchestrator.played("g-0", "sums")
         assert orchestrator.next(2).seed == 102 and orchestrator.next(3) is None
         orchestrator.ended("g-0", "sums", True)
         assert orchestrator.next(3) is None
         orchestrator.ended("g-1", "sums", False)  # dropped before its rollouts ended
-        await orchestrator.play(orders[1], "c", None)
         assert orchestrator.next(3).seed == 103 and orchestrator.next(4) is None
         assert orchestrator.counts() == {"sums": Count(dispatched=4, consumed=1, in_flight=2)}
 
@@ -396,6 +401,30 @@ def test_the_loop_goes_on_with_the_ratios_after_a_crash(tmp_path):
         seeds = {task: sorted(group.trajectories[0].seed for step in range(1, 26) for group in ledger.batch(step)
                               if group.trajectories[0].task == task) for task in books}
         assert all(len(set(own)) == len(own) for own in seeds.values())  # no problem twice
+
+
+@pytest.mark.parametrize("recorded", [0, 1, 2])
+def test_a_restart_knows_which_groups_are_still_to_be_played(tmp_path, recorded):
+    """Killed with as many groups in flight as may play, of two rollouts each, that were all, half or not begun."""
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.push(PolicyVersion(1, 0))
+        for number in range(4):
+            order = Order(f"sums-{number}", "sums", 100 + number, 2, 1)
+            ledger.dispatch(order)
+            for i in range(recorded):
+                ledger.record(order.id, rollout(order, f"{order.id}-{i}"))
+        run(lambda: Loop(ledger, Sync(8), Orchestrator([service(most=4, size=2)]), Trainer()).run(1))
+        assert ledger.tasks() == {"sums": Balance(8, 8, {}, 0)}
+
+
+def test_a_group_has_nothing_left_to_play_however_its_rollouts_ended(tmp_path):
+    """One of three is given back uncalled, which is a failure to the loop alone."""
+    async def gives_back(order, id, so_far, called_back):
+        return rollout(order, id) if id[-1] != "0" else Trajectory(id, order.task, order.seed, (), EndReason.ABORTED)
+
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        run(lambda: Loop(ledger, Sync(3), Orchestrator([service(most=1, size=3, play=gives_back)]), Trainer()).run(1))
+        assert ledger.tasks() == {"sums": Balance(3, 3, {}, 0)}
 
 
 def test_settings_change_while_it_runs():

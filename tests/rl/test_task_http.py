@@ -143,6 +143,43 @@ def test_a_rollout_that_is_given_up_or_asked_for_anew_ends_at_the_worker():
     with_workers(scenario, "a")
 
 
+def test_a_call_back_may_overtake_the_rollout_or_get_lost():
+    """It is repeated until the rollout ends."""
+    async def scenario(net, client):
+        net.tasks["a"].wait = 1e6
+        net.late["/play"] = 5.0
+        event = called_back()
+        one = asyncio.create_task(client.play(ORDER, "sums-0", None, event))
+        await asyncio.sleep(1)
+        event.set()
+        await asyncio.sleep(3)
+        net.down.add("a")
+        await asyncio.sleep(3)
+        net.down.clear()
+        assert (await one).end is EndReason.ABORTED and asyncio.get_running_loop().time() < 10
+
+    with_workers(scenario, "a")
+
+
+@pytest.mark.parametrize("given_up", [True, False])
+def test_a_rollout_is_played_anew_when_the_one_before_has_cleaned_up(given_up):
+    async def scenario(net, client):
+        task = net.tasks["a"]
+        task.wait, task.cleans = 100, 8.0
+        first = asyncio.create_task(client.play(ORDER, "sums-0", None, called_back()))
+        await asyncio.sleep(1)
+        if given_up:
+            first.cancel()
+            await asyncio.sleep(7)  # by then nobody waits for it any more
+        with pytest.raises(WorkerLost, match="503.*'sums-0' still cleans up") if not given_up else nullcontext():
+            await client.play(ORDER, "sums-0", None, called_back())
+        assert (await client.play(ORDER, "sums-0", None, called_back())).end is EndReason.DONE
+        assert task.playing == task.ended == ["sums-0"] * (2 + given_up) and task.most == 1
+        await asyncio.wait([first])
+
+    with_workers(scenario, "a")
+
+
 @pytest.mark.parametrize("error, raised, words", [
     (ZeroDivisionError("no"), CallFailed, "status 500: .*ZeroDivisionError: no"),
     (TimeoutError("late"), TimeoutError, "status 504: .*TimeoutError: late"),

@@ -242,6 +242,9 @@ class Playing:
         for id in ids:
             self._events.setdefault(id, asyncio.Event()).set()
 
+    def played(self, group: str, task: str) -> None:
+        pass
+
     def ended(self, group: str, task: str, consumed: bool) -> None:
         pass
 
