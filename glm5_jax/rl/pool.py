@@ -270,8 +270,8 @@ async def _pieces(member: _Member, ids: Sequence[int], sampling: Sampling, sessi
 
 
 def _started_anew(member: _Member, least: int, found: int) -> EngineLost:
-    return EngineLost(f"engine {member.name!r}: expected version {least} of the weights or a later one, found {found}; it "
-                      f"was started anew, say")
+    return EngineLost(f"engine {member.name!r}: expected version {least} at least, found {found}; it was started anew, "
+                      f"say")
 
 
 async def _unless_lost(member: _Member, work: Awaitable[T]) -> T:

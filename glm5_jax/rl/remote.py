@@ -20,6 +20,7 @@ from glm5_jax.serve.generator import Closed, EngineLost, Overloaded
 ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (
     Closed, EngineLost, Overloaded, RequestTooLong, ValueError, WeightsError)}
 CONNECT_S = 10.0
+KEEP_S = 2.0  # less than the worker keeps a connection: one that it is just closing would lose a call
 
 
 class Remote:
@@ -34,7 +35,7 @@ class Remote:
         """Raises EngineLost where no worker answers."""
         client = httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {token}"}, transport=transport,
                                    timeout=httpx.Timeout(None, connect=CONNECT_S),
-                                   limits=httpx.Limits(max_connections=None))
+                                   limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_S))
         one = cls(client, 0)
         try:
             one.max_len = (await one.health())["max_len"]
@@ -44,7 +45,8 @@ class Remote:
         return one
 
     async def health(self) -> dict[str, Any]:
-        """What the worker says of itself: `max_len`, `version`, `running`, `waiting`, `tokens`."""
+        """What the worker says of itself: `max_len`, `version`, `running`, `waiting`, `tokens`. Its engine answers
+        between two steps; raises Closed or EngineLost where it cannot."""
         return await self._post("health", {})
 
     async def stream(self, ids: Sequence[int], sampling: Sampling, *, session: str,

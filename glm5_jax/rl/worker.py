@@ -4,13 +4,15 @@
 
 It listens on this machine alone unless another --host is named, and prints where, and its token; `rl.remote` is its
 client. A policy is fetched from the folder by number and checked byte for byte before the engine gets it (see
-`rl.weights`): one that is not whole is refused, and the engine serves on what it had. Ctrl-C or SIGTERM ends it.
+`rl.weights`): one that is not whole is refused, and the engine serves on what it had. Ctrl-C or SIGTERM ends it, and its
+streams, for another engine to go on with.
 """
 
 import argparse
 import asyncio
 import functools
 import json
+import os
 import secrets
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -29,7 +31,7 @@ from glm5_jax.infer.request import Sampling
 from glm5_jax.records import Completion, PolicyVersion, to_json
 from glm5_jax.rl import weights
 from glm5_jax.serve.driver import Driver
-from glm5_jax.serve.http import listening
+from glm5_jax.serve.http import GRACE_S, listening, MOST_BYTES
 
 Load = Callable[[int], tuple[PolicyVersion, Any]]
 
@@ -43,7 +45,7 @@ def application(driver: Driver, token: str, load: Load) -> Starlette:
             if not secrets.compare_digest(given.encode(), f"Bearer {token}".encode()):
                 return JSONResponse(_named(PermissionError("expected this worker's token")), status_code=401)
             try:
-                return await answer(await request.json())
+                return await answer(json.loads(await _body(request)))
             except Exception as error:
                 return JSONResponse(_named(error), status_code=500)
         return endpoint
@@ -63,12 +65,35 @@ def application(driver: Driver, token: str, load: Load) -> Starlette:
         return Response(to_json(policy), media_type="application/json")
 
     async def health(asked: dict[str, Any]) -> Response:
-        now = driver.gauges
-        return JSONResponse({"max_len": driver.max_len, "version": now.version, "running": now.running,
+        version, now = await driver.call(lambda engine: engine.version), driver.gauges  # the engine's own word
+        return JSONResponse({"max_len": driver.max_len, "version": version, "running": now.running,
                              "waiting": now.waiting, "tokens": now.tokens})
 
     return Starlette(routes=[Route(f"/{name}", guarded(answer), methods=["POST"]) for name, answer in
                              (("stream", stream), ("abort", abort), ("push", push), ("health", health))])
+
+
+class Server(uvicorn.Server):
+    """Serves the application of an engine until it is told to stop; then streams end as those of a closed driver."""
+
+    def __init__(self, driver: Driver, token: str, load: Load):
+        super().__init__(uvicorn.Config(application(driver, token, load), loop="asyncio", lifespan="off",
+                                        log_level="warning", timeout_graceful_shutdown=GRACE_S))
+        self._driver = driver
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        closing = asyncio.create_task(asyncio.to_thread(self._driver.close))
+        await super().shutdown(sockets)
+        await closing
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MOST_BYTES:
+            raise ValueError(f"body: expected at most {MOST_BYTES} bytes, found more")
+    return bytes(body)
 
 
 async def _lines(pieces: AsyncGenerator[Completion, None]) -> AsyncGenerator[str, None]:
@@ -101,9 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Driver(engine) as driver:
         print(f"at     http://{f'[{host}]' if ':' in host else host}:{port}\ntoken  {token}", flush=True)
         load = functools.partial(weights.fetch, options.policies, like=params)
-        serving = uvicorn.Config(application(driver, token, load), loop="asyncio", lifespan="off", log_level="warning")
         try:
-            uvicorn.Server(serving).run(sockets=[taken])
+            Server(driver, token, load).run(sockets=[taken])
         except KeyboardInterrupt:
             pass  # raised anew by the server once it has stopped
     return 0
@@ -117,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--policies", required=True, help="folder where the trainer publishes its policies")
     add("--host", default="127.0.0.1", help="address to listen at; the traffic is not encrypted")
     add("--port", type=int, default=0, help="0 for any that is free")
-    add("--token", help="what the client has to show; default a new one")
+    add("--token", default=os.environ.get("GLM5_JAX_TOKEN"),
+        help="what the client has to show; default that of the environment variable GLM5_JAX_TOKEN, which other users "
+             "of the machine do not see as they see arguments, or a new one")
     add("--slots", type=int, default=8, help="completions that are drawn at once; others wait")
     add("--max-len", type=int, default=4096, help="tokens of a context")
     add("--block", type=int, default=16, help="tokens between two looks at new requests")

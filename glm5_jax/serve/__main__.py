@@ -7,6 +7,7 @@ or SIGTERM ends it: calls under way are called back and their streams end.
 """
 
 import argparse
+import os
 import pathlib
 import secrets
 import socket
@@ -82,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer", help="tokenizer.json; default the checkpoint's own")
     add("--host", default="127.0.0.1", help="address to listen at; the traffic is not encrypted")
     add("--port", type=int, default=8000, help="0 for any that is free")
-    add("--token", help="the administrator's; default a new one")
+    add("--token", default=os.environ.get("GLM5_JAX_TOKEN"),
+        help="the administrator's; default that of the environment variable GLM5_JAX_TOKEN, which other users of the "
+             "machine do not see as they see arguments, or a new one")
     add("--limit", type=int, default=1024, help="calls at once; what comes beyond is told to come again")
     add("--slots", type=int, default=8, help="calls that are drawn at once; others wait")
     add("--max-len", type=int, help=f"tokens of a context; default the model's, at most {LONGEST}")

@@ -179,7 +179,7 @@ class Driver:
             while self._obey(wait=not busy):
                 try:
                     busy = self._engine.step()
-                except Exception as error:  # of those that hold a slot; where none does, of the first: not of nobody
+                except Exception as error:  # of who holds a slot, or else of the first: no step fails for nobody
                     self._deliver()
                     self._fail(error, max(self._engine.running, 1))
                     busy = bool(self._tickets)
