@@ -18,6 +18,7 @@ from glm5_jax.core.params import path_name
 from glm5_jax.infer import slots as device
 from glm5_jax.infer.fp8 import quantised
 from glm5_jax.infer.request import RequestTooLong, Result, Sampling
+from glm5_jax.model.cache import Cache, take_row
 from glm5_jax.model.config import ModelConfig
 from glm5_jax.records import Completion, StopReason
 
@@ -244,6 +245,38 @@ class Engine:
             self._leave(slot)
         return found.result(StopReason.ABORT)
 
+    def hand_over(self, session: Hashable) -> tuple[tuple[int, ...], Cache] | None:
+        """The ids that the cache holds of a session without a running request, and their row, for `adopt` of another
+        engine; None where it holds none."""
+        for index, slot in enumerate(self._slots):
+            if slot.request is None and slot.session == session and slot.held:
+                row = device.handed_over(self._cache, np.int32(index))
+                return tuple(slot.ids[:slot.held].tolist()), row
+        return None
+
+    def adopt(self, session: Hashable, ids: Sequence[int], row: Cache, version: int) -> bool:
+        """Takes the row of a session from an engine of the same config, `max_len` and `drafts`, of whose weights
+        `version` is; the session's next request finds `ids` in the cache.
+
+        Returns False, and takes nothing, where the weights are others or no slot is idle. Raises ValueError for a row
+        that does not fit.
+        """
+        idle = [(index, slot) for index, slot in enumerate(self._slots) if slot.request is None]
+        if version != self.version or not idle:
+            return False
+        expected, found = ([x.shape for x in jax.tree.leaves(cache)] for cache in (
+            jax.eval_shape(take_row, self._cache, 0), row))
+        if expected != found or len(ids) > self.max_len:
+            raise ValueError(f"row: expected one of an engine of this config, max_len and drafts, with arrays of "
+                             f"{expected}, found {found}")
+        index, slot = max(idle, key=lambda one: (one[1].session == session, one[1].session is None, -one[1].left_at))
+        with self._on_mesh():
+            self._cache = device.adopted(self.config, self._cache, np.int32(index), row)
+        slot.ids[:len(ids)] = ids
+        slot.session, slot.held, slot.length, slot.spoiled, slot.cut_back = session, len(ids), len(ids), False, False
+        self._leave(slot)
+        return True
+
     def pause(self) -> None:
         """Holds everything where it is: `step` does nothing until `resume`. Requests can come and be aborted."""
         self._paused = True
@@ -277,8 +310,9 @@ class Engine:
     def _take_weights(self, params: Any) -> None:
         params, error = jax.device_put(params, self._placement), 0.0
         if self._fp8:
-            params, error = quantised(self.config, params)
-        self._params, self.quantisation_error = params, float(error)
+            params, found = quantised(self.config, params)
+            error = float(found)
+        self._params, self.quantisation_error = params, error
 
     def _begin_anew(self) -> None:
         """Every row is fed again, from its ids."""

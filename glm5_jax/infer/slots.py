@@ -138,6 +138,15 @@ def cleared(config: ModelConfig, cache: Cache, slot: jax.Array) -> Cache:
     return _pinned(config, put_row(cache, slot, jax.tree.map(jnp.zeros_like, take_row(cache, slot))))
 
 
+handed_over = jax.jit(take_row)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def adopted(config: ModelConfig, cache: Cache, slot: jax.Array, one: Cache) -> Cache:
+    """The cache with a row that another one handed over."""
+    return _pinned(config, put_row(cache, slot, one))
+
+
 class _Block(struct.PyTreeNode):
     """A block on its way."""
 

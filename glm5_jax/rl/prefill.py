@@ -8,10 +8,12 @@ fit, because the weights have changed meanwhile, say, is not adopted, and the de
 import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any, Protocol
 
 from glm5_jax.infer.request import Sampling
 from glm5_jax.records import Completion, StopReason
+from glm5_jax.serve.driver import Driver
 from glm5_jax.serve.generator import EngineLost, Generator
 
 
@@ -36,6 +38,38 @@ class Decoder(Generator, Protocol):
 
     async def adopt(self, prefix: Prefix, *, session: str) -> bool:
         """Takes the prefix as what is held of a session's ids; False where it cannot: other weights, or no room."""
+
+
+class Reading:
+    """A `Prefiller`: an engine that reads prompts; it draws one token of each, which nobody sees."""
+
+    def __init__(self, driver: Driver, *, attempts: int = 3):
+        self.driver, self._attempts = driver, attempts
+
+    async def prefill(self, ids: Sequence[int], *, session: str) -> Prefix:
+        """See `Prefiller`. Raises EngineLost too where others took the place of what was read, `attempts` times."""
+        for _ in range(self._attempts):
+            async with aclosing(self.driver.stream(ids, Sampling(1), session=session)) as pieces:
+                async for _ in pieces:
+                    pass
+            held, version = await self.driver.call(lambda engine: (engine.hand_over(session), engine.version))
+            if held is not None:
+                return Prefix(held[0], version, held[1])
+        raise EngineLost(f"session {session!r}: its prompt was read, and lost to other prompts before it could be "
+                         f"handed over; take more slots or fewer prompts at a time")
+
+
+class Adopting:
+    """A `Decoder`: an engine that draws, from prompts that others have read."""
+
+    def __init__(self, driver: Driver):
+        self.driver, self.max_len = driver, driver.max_len
+        self.stream, self.abort, self.release = driver.stream, driver.abort, driver.release
+
+    async def adopt(self, prefix: Prefix, *, session: str) -> bool:
+        """See `Decoder`."""
+        return await self.driver.call(
+            lambda engine: engine.adopt(session, prefix.ids, prefix.cache, prefix.version))
 
 
 class Split:

@@ -124,6 +124,36 @@ def test_counts_by_hand():
     assert dataclasses.astuple(one.counts) == (8, 11 + 15 + drawn, 14, 15 + drawn)
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_row_that_another_engine_read_is_as_good_as_its_own(drafts):
+    """All but the last of the ids is found in the cache, and the tokens are the same."""
+    sampling, ids = Sampling(9, temperature=1.2, seed=4), IDS
+    expected = finish_one(engine(drafts=drafts), ids, sampling)
+    reader, drawer = engine(drafts=drafts), engine(drafts=drafts)
+    assert reader.hand_over("chat") is None
+    finish_one(drawer, IDS[:3], Sampling(2), session="other")
+    finish_one(reader, ids, Sampling(1), session="chat")
+    held, row = reader.hand_over("chat")
+    assert list(held) == ids
+    assert drawer.adopt("chat", held, row, version=0)
+    result = finish_one(drawer, ids, sampling, session="chat")
+    assert result.reused == len(ids) - 1 - (drafts if result.reused < len(ids) - 1 else 0)
+    assert result.completion.ids == expected.completion.ids
+    np.testing.assert_allclose(result.completion.logprobs, expected.completion.logprobs, atol=1e-5)
+
+
+def test_a_row_that_cannot_be_adopted():
+    reader, drawer = engine(), engine(slots=1)
+    finish_one(reader, IDS, Sampling(1), session="chat")
+    held, row = reader.hand_over("chat")
+    assert not drawer.adopt("chat", held, row, version=1)
+    with pytest.raises(ValueError, match="row: expected one of an engine of this config"):
+        engine(max_len=MAX_LEN - 1).adopt("chat", held, row, version=0)
+    drawer.submit(IDS, Sampling(12, temperature=0))
+    drawer.step()
+    assert not drawer.adopt("chat", held, row, version=0)
+
+
 def test_progress_since_a_token():
     one = engine(block=2)
     number = one.submit(IDS, Sampling(8, seed=1))

@@ -9,6 +9,7 @@ from glm5_jax.infer.request import Result, Sampling
 from glm5_jax.records import Completion, StopReason
 from glm5_jax.rl import weights
 from glm5_jax.rl.pool import Pool
+from glm5_jax.rl.prefill import Adopting, Prefillers, Reading, Split
 from glm5_jax.serve.driver import Driver
 from tests.infer.replay import assert_replays, CONFIG, MAX_LEN, params
 
@@ -16,7 +17,7 @@ SESSIONS = [f"s{i}" for i in range(6)]
 ASKED = {session: ([3, 1, 4, 1, i], Sampling(max_new_tokens=12, seed=i)) for i, session in enumerate(SESSIONS)}
 
 
-async def drawn(pool: Pool, session: str) -> Completion:
+async def drawn(pool: Pool | Split, session: str) -> Completion:
     whole = Completion((), (), (), StopReason.ABORT)
     async for piece in pool.stream(*ASKED[session], session=session):
         whole += piece
@@ -74,3 +75,24 @@ def test_streams_outlive_their_engine_and_damaged_weights_reach_nobody(tmp_path)
     options = {"slots": 3, "max_len": MAX_LEN, "chunk": 4, "block": 2}
     with Driver(Engine(params(), CONFIG, **options)) as one, Driver(Engine(params(), CONFIG, **options)) as other:
         asyncio.run(main({"a": one, "b": other}))
+
+
+def test_a_prompt_is_read_by_one_engine_and_drawn_by_another():
+    """The engine that draws finds all but the newest token in its cache; other weights are not mixed."""
+    async def main(reader, drawer):
+        split = Split(Adopting(drawer), Prefillers({"r": Reading(reader)}), least=1)
+        found = {session: await drawn(split, session) for session in SESSIONS[:2]}
+        assert_drawn(found)
+        fed, read = [await driver.call(lambda engine: engine.counts.fed) for driver in (drawer, reader)]
+        assert (split.adopted, split.refused, fed, read) == (2, 0, 0, 8)
+        await reader.push(params(1), 1)
+        found = {"s2": await drawn(split, "s2")}
+        assert_drawn(found)
+        assert (split.adopted, split.refused, found["s2"].versions[0]) == (2, 1, 0)
+
+    with Driver(engine()) as reader, Driver(engine()) as drawer:
+        asyncio.run(main(reader, drawer))
+
+
+def engine() -> Engine:
+    return Engine(params(), CONFIG, slots=3, max_len=MAX_LEN, chunk=4, block=3)
