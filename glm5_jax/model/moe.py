@@ -151,7 +151,11 @@ def _travel(params: Params, config: ModelConfig, routing: Routing, x_BTD: jax.Ar
         return y_ND.reshape(arrays[0].shape)
 
     choices = (y.reshape(batch, length, -1) for y in (routing.experts_NA, routing.weights_NA))
-    arrays = tuple(filled(y, value) for y, value in zip((x_BTD, *choices), (0, -1, 0)))
+    arrays = (x_BTD, *choices)
+    if fill:
+        # jax 0.7 splits positions that are being filled up in the wrong places: they are whole until they are full.
+        arrays = tuple(lax.with_sharding_constraint(filled(y, value), PartitionSpec(rows, None, None))
+                       for y, value in zip(arrays, (0, -1, 0)))
     y_BTD = jax.shard_map(here, in_specs=(weights, tokens, tokens, tokens), out_specs=tokens)(params, *arrays)
     return y_BTD[:, :length]
 
