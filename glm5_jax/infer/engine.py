@@ -18,87 +18,10 @@ from glm5_jax.core.params import path_name
 from glm5_jax.infer import slots as device
 from glm5_jax.infer.fp8 import quantised
 from glm5_jax.infer.request import RequestTooLong, Result, Sampling
+from glm5_jax.infer.slot import Request, Slot, STOP_IDS
 from glm5_jax.model.cache import Cache, take_row
 from glm5_jax.model.config import ModelConfig
-from glm5_jax.records import Completion, StopReason
-
-STOP_IDS = 8  # per request
-
-
-@dataclasses.dataclass(eq=False)
-class _Request:
-    """One that waits or runs. `ids` are all that were sent; the last `drawn` of them an earlier run had sampled."""
-
-    id: int
-    ids: np.ndarray
-    sampling: Sampling
-    session: Hashable | None
-    drawn: int
-    reused: int = 0
-    new: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    model_logprobs: list[float] = dataclasses.field(default_factory=list)
-    versions: list[int] = dataclasses.field(default_factory=list)
-
-    @property
-    def left(self) -> int:
-        return self.sampling.max_new_tokens - self.drawn - len(self.new)
-
-    def result(self, stop: StopReason, since: int = 0) -> Result:
-        of = lambda values: tuple(values[since:])
-        completion = Completion(of(self.new), of(self.logprobs), of(self.versions), stop)
-        return Result(self.id, completion, of(self.model_logprobs), self.reused)
-
-
-@dataclasses.dataclass
-class _Slot:
-    """A row of the cache: its ids, `length` of them, of which the cache holds the first `held`.
-
-    Once its request is gone the row stays with the session of the request until somebody else needs it.
-    """
-
-    ids: np.ndarray
-    length: int = 0
-    held: int = 0
-    request: _Request | None = None
-    session: Hashable | None = None
-    left_at: int = 0
-    spoiled: bool = False
-    cut_back: bool = False  # and nothing fed since
-
-    @property
-    def ready(self) -> bool:
-        """Whether only the newest id is not in the cache yet: the next token can be drawn."""
-        return self.request is not None and self.held == self.length - 1
-
-    def reusable(self, request: _Request) -> int:
-        """How many of the request's first ids the row holds; the last id is always fed anew, for its logits."""
-        if request.session is None or request.session != self.session:
-            return 0
-        count = min(self.held, len(request.ids) - 1)
-        differ = np.flatnonzero(self.ids[:count] != request.ids[:count])
-        return int(differ[0]) if len(differ) else count
-
-    def take(self, request: _Request, drafts: int) -> None:
-        """A row that is cut back is fed its last `drafts` tokens anew, for the MTP layer to know them."""
-        held = self.reusable(request)
-        self.cut_back |= held < self.held
-        self.held = request.reused = max(held - drafts, 0) if self.cut_back else held
-        self.length = len(request.ids)
-        self.ids[:self.length] = request.ids
-        self.request, self.session = request, request.session
-
-    def leave(self, now: int) -> None:
-        self.request, self.left_at = None, now
-
-    def row(self) -> tuple:
-        """The fields of `slots.Rows`; a slot that is not ready has no room."""
-        if self.request is None or not self.ready:
-            return (0,) * 8 + ((-1,) * STOP_IDS,)
-        request, sampling = self.request, self.request.sampling
-        stop_ids = sampling.stop_ids + (-1,) * (STOP_IDS - len(sampling.stop_ids))
-        return (self.held, int(self.ids[self.held]), request.drawn + len(request.new), request.left,
-                sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed, stop_ids)
+from glm5_jax.records import StopReason
 
 
 @dataclasses.dataclass
@@ -144,8 +67,8 @@ class Engine:
         self._drafts: Any = np.zeros((slots, drafts), np.int32)
         self._cache: Any = None
         self._empty_cache()
-        self._slots = [_Slot(np.zeros(max_len, np.int32)) for _ in range(slots)]
-        self._waiting: collections.deque[_Request] = collections.deque()
+        self._slots = [Slot(np.zeros(max_len, np.int32)) for _ in range(slots)]
+        self._waiting: collections.deque[Request] = collections.deque()
         self._results: list[Result] = []
         self._submitted = self._time = self._rounds = 0
         self.counts = Counts()
@@ -193,7 +116,7 @@ class Engine:
             raise RequestTooLong(f"ids and max_new_tokens: expected at most max_len = {self.max_len} in all, found "
                                  f"{len(ids) - drawn} + {sampling.max_new_tokens} = {length}; ask for fewer new tokens "
                                  f"or make an engine with a larger max_len")
-        request = _Request(self._submitted, ids.astype(np.int32), sampling, session, drawn)
+        request = Request(self._submitted, ids.astype(np.int32), sampling, session, drawn)
         self._submitted += 1
         self._waiting.append(request)
         return request.id
@@ -342,7 +265,7 @@ class Engine:
             slot.take(request, self._drafts.shape[1])
             self.counts.reused += request.reused
 
-    def _feed(self, index: int, slot: _Slot) -> None:
+    def _feed(self, index: int, slot: Slot) -> None:
         count = min(self._chunk, slot.length - 1 - slot.held)
         tokens = np.zeros(self._chunk, np.int32)
         tokens[:count] = slot.ids[slot.held:slot.held + count]
@@ -362,7 +285,7 @@ class Engine:
             if slot.request is not None and count:
                 self._append(slot, slot.request, *(x_N[:count] for x_N in (tokens, *logprobs)))
 
-    def _append(self, slot: _Slot, request: _Request, new: np.ndarray, logprobs: np.ndarray,
+    def _append(self, slot: Slot, request: Request, new: np.ndarray, logprobs: np.ndarray,
                 model_logprobs: np.ndarray) -> None:
         if not np.isfinite(logprobs).all():
             slot.held, slot.session, slot.spoiled = 0, None, True  # the row holds NaN: it is made anew from the ids
@@ -381,7 +304,7 @@ class Engine:
             self._leave(slot)
             self._results.append(request.result(StopReason.STOP if stopped else StopReason.LENGTH))
 
-    def _find(self, request: int) -> tuple[_Request, _Slot | None]:
+    def _find(self, request: int) -> tuple[Request, Slot | None]:
         """A request that waits or runs, and the slot it runs in."""
         for slot in self._slots:
             if slot.request is not None and slot.request.id == request:
@@ -392,7 +315,7 @@ class Engine:
         state = "one that has ended" if request in range(self._submitted) else "one that was never submitted"
         raise LookupError(f"request: expected one that waits or runs, found {request!r}, {state}")
 
-    def _leave(self, slot: _Slot) -> None:
+    def _leave(self, slot: Slot) -> None:
         self._time += 1
         slot.leave(self._time)
 
