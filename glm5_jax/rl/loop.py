@@ -202,7 +202,7 @@ class _Run:
         update, self.update = self.update.result(), None
         times = Times(self.begun - self.free, update.pushed, self.now() - self.free)
         self.version, self.free = self.version + 1, self.now()
-        self.idle += times.idle,
+        self.idle = (*self.idle, times.idle)
         if self.loop.writer is not None:
             self.loop.writer.write(self.version, collect({**update.metrics, **self.report(times=times)}))
 

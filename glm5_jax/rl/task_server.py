@@ -49,7 +49,7 @@ def app(service: Service, token: str, *, longest: int = LONGEST) -> Starlette:
     """The ASGI application of one service; its `alive` and time limits are the orchestrator's to look at."""
     if not token:
         raise ValueError("token: expected a secret, found ''")
-    playing: dict[str, tuple[asyncio.Future, asyncio.Event]] = {}
+    playing: dict[str, tuple[asyncio.Task[Trajectory], asyncio.Event]] = {}
 
     async def play(request: Request) -> Response:
         asked = await _body(request, longest, {"order", "id", "so_far"})
@@ -59,22 +59,23 @@ def app(service: Service, token: str, *, longest: int = LONGEST) -> Starlette:
                                f"{id!r}")
         so_far = None if asked["so_far"] is None else _trajectory(asked["so_far"])
         while id in playing:  # the one who asked for it has lost sight of it
-            earlier = playing[id][0]
-            earlier.cancel()
+            earlier, _ = playing[id]
+            _cancel(earlier)
             await asyncio.wait({earlier}, timeout=GRACE_S)
             if not earlier.done():
                 raise Refused(503, f"id: expected a rollout that has ended, found that {id!r} still cleans up")
         called_back = asyncio.Event()
-        work: asyncio.Future[Trajectory] = asyncio.ensure_future(service.play(order, id, so_far, called_back))
+        work = asyncio.create_task(_awaited(service.play(order, id, so_far, called_back)))
         playing[id] = work, called_back
         work.add_done_callback(lambda _: playing.pop(id))  # and not before: what was cancelled may take its time
-        return Response(to_json(await _unless_gone(request, work)), media_type="application/json")
+        ended = await _unless_gone(request, work)
+        return Response(to_json(ended), media_type="application/json")
 
     async def reward(request: Request) -> Response:
         trajectory = _trajectory(await _body(request, longest))
         if service.reward is None:
             raise Refused(404, f"expected a task with a reward of its own, found {service.name!r}")
-        value = await _unless_gone(request, asyncio.ensure_future(service.reward(trajectory)))
+        value = await _unless_gone(request, asyncio.create_task(_awaited(service.reward(trajectory))))
         return JSONResponse({"reward": float(value)})
 
     async def call_back(request: Request) -> Response:
@@ -138,7 +139,17 @@ def _trajectory(asked: Any) -> Trajectory:
         raise Refused(400, str(error)) from None
 
 
-async def _unless_gone(request: Request, work: asyncio.Future[T]) -> T:
+async def _awaited(work: Awaitable[T]) -> T:
+    return await work
+
+
+def _cancel(work: asyncio.Task[Any]) -> None:
+    """Once: a second time would break into its cleaning up."""
+    if not work.cancelling():
+        work.cancel()
+
+
+async def _unless_gone(request: Request, work: asyncio.Task[T]) -> T:
     """What `work` gives; it is cancelled when the client goes away, and so is whatever else ends the request."""
     gone = asyncio.ensure_future(_disconnected(request))
     either: set[asyncio.Future[Any]] = {work, gone}
@@ -150,7 +161,7 @@ async def _unless_gone(request: Request, work: asyncio.Future[T]) -> T:
             raise Refused(409, "the rollout was asked for anew")
         return work.result()
     finally:
-        work.cancel()
+        _cancel(work)
         gone.cancel()
         await asyncio.wait(either, timeout=GRACE_S)
 

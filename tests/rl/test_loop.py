@@ -165,7 +165,7 @@ def test_the_end_of_data(stage, scheduler):
 
 
 def test_problems_that_come_after_the_end_of_data(stage):
-    """A task is added while the last step is under way."""
+    """More are added with every step."""
     class Growing(Player):
         def next(self, number):
             if number >= 2 * (1 + len(self.world.checkpoints)):
@@ -174,9 +174,7 @@ def test_problems_that_come_after_the_end_of_data(stage):
 
     one = stage(Async(2, 1), Script(3, failing=0, raising=0), player=Growing)
     one.run(3)
-    with pytest.raises(Stuck, match="after 3 of 4 steps: there are no more problems"):
-        one.player.next = lambda number: Player.next(one.player, 99 if number < 8 else number)
-        one.run(4)
+    assert one.ledger.balance().consumed == 6
 
 
 def test_no_problem_for_now(stage):

@@ -1,6 +1,9 @@
 """The log of rollouts: every one on the disk, in one form, whatever was torn."""
 
 import json
+import os
+
+import pytest
 
 from glm5_jax.records import Completion, Failure, Trajectory, Turn, extend
 from glm5_jax.rl.transcripts import Transcripts, normalised, read, transcript
@@ -42,6 +45,26 @@ def test_a_torn_line_costs_only_itself(tmp_path):
         with Transcripts(path) as log:
             log.add(rollout(id))
     assert [one["id"] for one in read(path)] == ["a", "c", "d"]
+
+
+def test_a_full_disk_costs_the_lines_it_does_not_take(tmp_path, monkeypatch):
+    write, room = os.write, [100]
+
+    def limited(file, line):
+        if not room[0]:
+            raise OSError("no space left on device")
+        taken = write(file, line[:room[0]])
+        room[0] -= taken
+        return taken
+
+    monkeypatch.setattr(os, "write", limited)
+    with Transcripts(tmp_path / "log.jsonl") as log:
+        with pytest.raises(OSError, match="no space left"):
+            log.add(rollout("a"))
+        monkeypatch.undo()
+        for id in "bc":
+            log.add(rollout(id))
+    assert [one["id"] for one in read(tmp_path / "log.jsonl")] == ["b", "c"]
 
 
 def test_text_that_is_no_text_is_kept(tmp_path):
