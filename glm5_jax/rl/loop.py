@@ -19,7 +19,8 @@ from glm5_jax.records import Group, PolicyVersion
 from glm5_jax.rl.flights import Flights, Players
 from glm5_jax.rl.ledger import Balance, Ledger, Order
 from glm5_jax.rl.partial import Flight
-from glm5_jax.rl.report import Since, Times, measure
+from glm5_jax.rl.report import engines, measure, Since, Times
+from glm5_jax.serve.generator import Totals
 from glm5_jax.rl.schedule import Scheduler, Ticket, View
 
 
@@ -71,16 +72,18 @@ class Loop:
 
     At most `at_once` rollouts are played at the same time; others wait. Where `patience` groups in a row came to
     nothing because of failures, or for `wait_s` seconds nothing is under way and there is no problem to play, the loop
-    gives up. Metrics of each step go to `writer`.
+    gives up. Metrics of each step go to `writer`; `totals` says what the engines have done so far (`Driver.totals`).
     """
 
     def __init__(self, ledger: Ledger, scheduler: Scheduler, rollouts: Rollouts, trainer: Trainer, *,
-                 writer: Writer | None = None, at_once: int = 1024, patience: int = 32, wait_s: float = 60.0):
+                 writer: Writer | None = None, totals: Callable[[], Totals] = Totals, at_once: int = 1024,
+                 patience: int = 32, wait_s: float = 60.0):
         for name, value, least in (("at_once", at_once, 1), ("patience", patience, 1), ("wait_s", wait_s, 0)):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, found {value}")
         self.ledger, self.scheduler, self.rollouts, self.trainer = ledger, scheduler, rollouts, trainer
-        self.writer, self.at_once, self.patience, self.wait_s = writer, at_once, patience, wait_s
+        self.writer, self.totals = writer, totals
+        self.at_once, self.patience, self.wait_s = at_once, patience, wait_s
 
     async def run(self, steps: int) -> None:
         """Goes on until `steps` training steps are done in all, those before a restart included.
@@ -110,6 +113,7 @@ class _Run:
         self.version = self.trainer.step  # steps trained and pushed
         self.update: asyncio.Task[_Update] | None = None  # a training step and the push after it
         self.report: Callable[..., dict[str, Metric]] = dict  # of the step under way
+        self.totals = loop.totals()
         self.step_of: dict[int, int] = {}  # policy number -> step
         self.flights = Flights(loop.ledger, loop.rollouts, loop.at_once, self.step_of, self.changed)
         self.policy = self.dispatched = 0  # the newest policy, groups ever
@@ -204,7 +208,9 @@ class _Run:
         self.version, self.free = self.version + 1, self.now()
         self.idle = (*self.idle, times.idle)
         if self.loop.writer is not None:
-            self.loop.writer.write(self.version, collect({**update.metrics, **self.report(times=times)}))
+            before, self.totals = self.totals, self.loop.totals()
+            self.loop.writer.write(self.version, collect({**update.metrics, **self.report(times=times),
+                                                          **engines(before, self.totals)}))
 
     async def _push(self, step: int) -> None:
         """The ledger knows the number before an engine could serve it: it is never used for other weights. What their

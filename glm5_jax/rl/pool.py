@@ -85,7 +85,7 @@ class Pool(Generic[E]):
 
     async def add(self, name: str, engine: E) -> None:
         """Takes an engine in, at the newest weights. Raises ValueError for a name that is taken, and what the engine
-        raises; then it is outside."""
+        raises, or TimeoutError where it does not answer; then it is outside."""
         if name in self._inside or name in self._outside:
             raise ValueError(f"engine {name!r}: expected a new name")
         if engine.max_len < self.max_len:
@@ -126,7 +126,8 @@ class Pool(Generic[E]):
         self._released.discard(session)
         try:
             for moved in range(self._moves + 1):
-                member = await self._when(lambda: call.aborted or self._member(session), f"session {session!r}")
+                member: bool | _Member[E] = await self._when(lambda: call.aborted or self._member(session),
+                                                             f"session {session!r}")
                 if isinstance(member, bool):
                     yield ABORTED
                     return

@@ -11,6 +11,7 @@ import numpy as np
 from glm5_jax.core.metrics import Mean, Metric
 from glm5_jax.losses.diagnostics import Max
 from glm5_jax.records import EndReason, FailureReason, Group, StopReason, Trajectory
+from glm5_jax.serve.generator import Totals
 
 RUN = 8  # tokens in a row that count as repeated where they come again
 OLDEST = 8  # the last bar of the histogram holds all that is staler
@@ -40,6 +41,19 @@ class Times:
     def idle(self) -> float:
         """The share of its time that the trainer waited for its batch."""
         return self.waited / self.whole if self.whole > 0 else 0.0
+
+
+def engines(before: Totals, after: Totals) -> dict[str, Metric]:
+    """What they did in between: the share of time they waited, tokens per second of one, the share of prompts that
+    their caches held, and tokens that were fed again; nothing where no time has passed."""
+    past = Totals(*(x - y for x, y in zip(dataclasses.astuple(after), dataclasses.astuple(before))))
+    if not past.seconds:
+        return {}
+    over = lambda x, y: Mean(jnp.float32(x), jnp.float32(y))
+    return {"engine/idle": over(past.seconds - past.busy, past.seconds),
+            "engine/tokens_per_second": over(past.drawn, past.seconds),
+            "engine/cache_hit": over(past.reused, past.reused + past.fed - past.again),
+            "engine/tokens_again": _mean([past.again])}
 
 
 def tokens(trajectory: Trajectory) -> int:

@@ -4,8 +4,8 @@
 
 It listens on this machine alone unless another --host is named, and prints where, and its token; `rl.remote` is its
 client. A policy is fetched from the folder by number and checked byte for byte before the engine gets it (see
-`rl.weights`): one that is not whole is refused, and the engine serves on what it had. Ctrl-C or SIGTERM ends it, and its
-streams, for another engine to go on with.
+`rl.weights`): one that is not whole is refused, and the engine serves on what it had. Ctrl-C or SIGTERM ends it, and
+its streams, for another engine to go on with.
 """
 
 import argparse

@@ -15,6 +15,7 @@ import itertools
 import math
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
@@ -22,7 +23,7 @@ from typing import Any, Literal, TypeVar
 from glm5_jax.infer.engine import Engine
 from glm5_jax.infer.request import Result, Sampling
 from glm5_jax.records import Completion
-from glm5_jax.serve.generator import Closed, EngineLost
+from glm5_jax.serve.generator import Closed, EngineLost, Totals
 
 T = TypeVar("T")
 
@@ -78,6 +79,7 @@ class Driver:
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._tickets: dict[int, _Ticket] = {}  # by the engine's number, in the order of their coming
         self._tokens = 0
+        self._began, self._busy = time.perf_counter(), 0.0  # the latter in seconds
         self._closed, self._door = False, threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -133,7 +135,7 @@ class Driver:
     async def push(self, params: Any, version: int, cache: Literal["keep", "recompute"] = "recompute") -> None:
         """Hands new weights to the engine between two steps, under the streams that go on. Arguments and errors as of
         `Engine.push_weights`, after which the engine goes on with the weights it had, and of `Engine.resume`, after
-        which it has the new ones but not the cache: the streams under way raise EngineLost."""
+        which it goes on with the new ones, and the next step tries again to make the cache."""
         if cache not in ("keep", "recompute"):
             raise ValueError(f"cache: expected 'keep' or 'recompute', found {cache!r}")
 
@@ -142,14 +144,15 @@ class Driver:
             try:
                 engine.push_weights(params, version)
             finally:
-                try:
-                    engine.resume(cache)
-                except Exception as error:
-                    self._fail(error, len(self._tickets))
-                    engine.resume("keep")  # of what is not there: a step that needs it fails, where a pause would hang
-                    raise
+                engine.resume(cache)
 
         await self.call(swap)
+
+    def totals(self) -> Totals:
+        """What the engine has done since it is the driver's."""
+        counts = self._engine.counts
+        return Totals(time.perf_counter() - self._began, self._busy, counts.drawn, counts.fed, counts.reused,
+                      counts.again)
 
     def close(self) -> None:
         """Ends the thread after the step it is in, and after what was sent before; streams under way raise Closed."""
@@ -177,12 +180,14 @@ class Driver:
         busy = False
         try:
             while self._obey(wait=not busy):
+                began = time.perf_counter()
                 try:
                     busy = self._engine.step()
-                except Exception as error:  # of who holds a slot, or else of the first: no step fails for nobody
+                except Exception as error:
                     self._deliver()
-                    self._fail(error, max(self._engine.running, 1))
+                    self._fail(error)
                     busy = bool(self._tickets)
+                self._busy += time.perf_counter() - began
                 self._deliver()
         finally:  # also of an error of its own, which is not to leave anybody waiting
             with self._door:
@@ -235,10 +240,11 @@ class Driver:
         self._tokens += len(piece.ids)
         ticket.deliver(piece, last=True)
 
-    def _fail(self, error: Exception, count: int) -> None:
-        """Calls back what came first, and fails its streams."""
-        for number in list(self._tickets)[:count]:
+    def _fail(self, error: Exception) -> None:
+        """The requests that hold a slot are those that came first: they are called back, and their streams fail. Where
+        none holds one, the first fails, so that no step fails for nobody."""
+        for number in list(self._tickets)[:max(self._engine.running, 1)]:
             self._engine.abort(number)
-            lost = EngineLost(f"the engine failed: {type(error).__name__}: {error}")
+            lost = EngineLost(f"a step of the engine failed: {type(error).__name__}: {error}")
             lost.__cause__ = error
             self._tickets.pop(number).fail(lost)

@@ -1,5 +1,6 @@
 """What draws tokens, as the gateway sees it, and the ways in which a call can fail to be served."""
 
+import dataclasses
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
@@ -21,6 +22,21 @@ class Closed(RuntimeError):
 
 class UnknownSession(LookupError):
     """A session that was never opened, or has been closed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """What engines have done since they began, added up over them."""
+
+    seconds: float = 0.0
+    busy: float = 0.0  # seconds in which they drew or read
+    drawn: int = 0  # tokens
+    fed: int = 0  # tokens of prompts, through the model
+    reused: int = 0  # tokens of prompts, found in a cache
+    again: int = 0  # tokens fed once more because the weights had changed
+
+    def __add__(self, other: "Totals") -> "Totals":
+        return Totals(*(x + y for x, y in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
 
 
 class Generator(Protocol):

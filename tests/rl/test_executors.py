@@ -11,7 +11,7 @@ import time
 import pytest
 
 from glm5_jax.records import Trajectory
-from glm5_jax.rl.executors import CallFailed, Processes, Threads, WorkerLost, import_path
+from glm5_jax.rl.executors import CallFailed, Processes, Threads, Workers, WorkerLost, import_path
 
 FOREVER = 1000.0
 ONE = Trajectory(id="sums-0", task="sums", seed=3, turns=[{"messages": [], "reply": {"role": "assistant"}}], end="done")
@@ -183,6 +183,49 @@ def test_closing_ends_the_calls_that_run(tmp_path):
             await call
 
     played(scenario, Processes(1))
+
+
+class Scripted(Workers):
+    """Workers are numbers, and begin and answer when a test says so."""
+
+    def __init__(self, workers):
+        super().__init__(workers)
+        self.begin, self.answer, self.started, self.killed = asyncio.Event(), asyncio.Event(), 0, []
+
+    async def _start(self):
+        self.started += 1
+        own = self.started
+        await self.begin.wait()
+        return own
+
+    async def _call(self, worker, function, args, timeout):
+        await self.answer.wait()
+        if worker in self.killed:
+            raise WorkerLost(f"{worker} was killed")
+        return function(*args)
+
+    def _kill(self, worker):
+        self.killed.append(worker)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_no_call_outlives_the_end_in_a_worker_of_its_own(begun):
+    """Neither one that waits for its turn, nor one whose worker just begins."""
+    async def main():
+        executor = Scripted(1)
+        if begun:
+            executor.begin.set()
+        calls = [asyncio.create_task(executor.run(add, i, i)) for i in range(3)]
+        await until(lambda: len(executor._busy) == begun and executor.started)
+        await executor.close()
+        executor.begin.set()
+        executor.answer.set()
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(one) for one in found] == [WorkerLost] * 3
+        assert executor.started == 1 and set(executor.killed) == {1} and not executor._idle + executor._busy
+        assert await executor.run(add, 1, 1) == 2 and executor.started == 2
+
+    asyncio.run(main())
 
 
 def test_only_values_cross_and_only_by_name():

@@ -105,6 +105,33 @@ def test_a_session_stays_with_its_engine_and_engines_share_the_load():
     watched(scenario, pool_of(4))
 
 
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_session_that_is_released_under_its_stream_is_forgotten_with_it(moves):
+    async def scenario(pool, all):
+        one = asyncio.create_task(drawn(pool, (1,), "a"))
+        await asyncio.sleep(1.5)
+        pool.release("a")
+        if moves:
+            serving(pool, "a").error = EngineLost("gone")
+        assert list((await one).ids) == script((1,), TEN, "a")
+        assert not pool._newest and not sum(pool.inside.values()) and not pool._released
+        assert sum((engine.released for engine in all.values()), []) == ["a"]
+
+    watched(scenario, pool_of(2))
+
+
+def test_a_session_that_is_asked_again_after_its_release_is_kept():
+    async def scenario(pool, all):
+        one = asyncio.create_task(drawn(pool, (1,), "a"))
+        await asyncio.sleep(1.5)
+        pool.release("a")
+        other = asyncio.create_task(drawn(pool, (2,), "a"))
+        await asyncio.gather(one, other)
+        assert sum(pool.inside.values()) == 1
+
+    watched(scenario, pool_of(2))
+
+
 @pytest.mark.parametrize("gone", [EngineLost("gone"), Closed("closed")])
 def test_what_a_lost_engine_had_drawn_is_gone_on_with_elsewhere(gone):
     """Invariant 4: the sum is what one engine alone would have drawn, and nothing is drawn again."""
@@ -248,8 +275,7 @@ def test_a_stream_that_is_called_back_while_it_waits_for_an_engine():
         one = asyncio.create_task(drawn(pool, (1,), "a"))
         await asyncio.sleep(45)  # lost at the third beat
         pool.abort("a")
-        all["e0"].recover()
-        assert (await one) == Completion((), (), (), StopReason.ABORT)
+        assert (await one) == Completion((), (), (), StopReason.ABORT) and not pool.inside
 
     watched(scenario, pool_of(1))
 
@@ -401,6 +427,38 @@ def test_an_engine_that_was_started_anew_gets_the_weights_before_it_serves():
     watched(scenario, pool_of(2))
 
 
+def test_an_engine_that_was_started_anew_between_two_beats_is_found_by_its_first_tokens():
+    """Invariant 10: what the base weights have drawn reaches nobody."""
+    async def scenario(pool, all):
+        await pool.push(3)
+        all["e0"].version = 0
+        for i, found in enumerate(await asyncio.gather(*(drawn(pool, (i,), f"s{i}") for i in range(12)))):
+            assert list(found.ids) == script((i,), TEN, "") and set(found.versions) == {3}
+        assert all["e0"].asked and set(pool.inside) == {"e1"}  # before any beat
+        await asyncio.sleep(20)
+        assert set(pool.inside) == set(all) and all["e0"].pushed == [3, 3]
+
+    watched(scenario, pool_of(2))
+
+
+def test_tokens_that_are_under_way_during_a_push_are_no_sign_of_that():
+    class Far(Engine):
+        async def stream(self, ids, sampling, *, session, drawn=0):
+            async with contextlib.aclosing(super().stream(ids, sampling, session=session, drawn=drawn)) as pieces:
+                async for piece in pieces:
+                    await asyncio.sleep(3)
+                    yield piece
+
+    async def scenario(pool, all):
+        one = asyncio.create_task(drawn(pool, (1,), "a"))
+        await asyncio.sleep(1.5)
+        await pool.push(3)
+        assert pool.inside and not pool._newest  # nothing has arrived
+        assert (await one).versions == (0,) * 3 + (3,) * 7 and len(all["e0"].asked) == 1
+
+    watched(scenario, Pool({"e0": Far()}, beat=Engine.beat, push=Engine.push))
+
+
 def test_versions_of_a_session_never_fall():
     """The first engine has the new weights and is lost while the second still waits for them."""
     async def scenario(pool, all):
@@ -444,6 +502,10 @@ def test_engines_come_and_go():
         broken.refuses = False
         await asyncio.sleep(20)
         assert "e7" in pool.inside
+        silent = Engine()
+        silent.deaf = True
+        with pytest.raises(TimeoutError):
+            await pool.add("e6", silent)
 
     watched(scenario, pool_of(2))
     with pytest.raises(ValueError, match="engines: expected at least one"):

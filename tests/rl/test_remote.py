@@ -5,12 +5,12 @@ import contextlib
 import dataclasses
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import httpx
 import jax
 import numpy as np
 import pytest
-import uvicorn
 
 from glm5_jax.infer.engine import Engine
 from glm5_jax.infer.request import RequestTooLong, Sampling
@@ -20,8 +20,9 @@ from glm5_jax.records import Completion, PolicyVersion
 from glm5_jax.rl import weights, worker
 from glm5_jax.rl.remote import Remote
 from glm5_jax.rl.weights import WeightsError
+from glm5_jax.serve import __main__ as serve_main
 from glm5_jax.serve.driver import Driver
-from glm5_jax.serve.generator import EngineLost
+from glm5_jax.serve.generator import Closed, EngineLost
 
 CONFIG = ModelConfig(
     vocab_size=32, hidden_size=8, num_hidden_layers=1, intermediate_size=8, moe_intermediate_size=4,
@@ -37,6 +38,7 @@ class Running:
     url: str
     driver: Driver
     folder: str
+    stop: Callable[[], None]
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +46,29 @@ def params():
     return init(CONFIG, jax.random.key(0))
 
 
-@pytest.fixture(scope="module")
-def running(params, tmp_path_factory) -> Iterator[Running]:
+@contextlib.contextmanager
+def worked(params, folder: str) -> Iterator[Running]:
     """A worker in a thread, on a free port of this machine."""
-    folder = str(tmp_path_factory.mktemp("policies"))
     driver = Driver(Engine(params, CONFIG, slots=2, max_len=40, chunk=8, block=2))
-    load = lambda number: weights.fetch(folder, number, params)
-    server = uvicorn.Server(uvicorn.Config(worker.application(driver, TOKEN, load), log_level="warning",
-                                           lifespan="off"))
+    server = worker.Server(driver, TOKEN, lambda number: weights.fetch(folder, number, params))
     taken = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
     thread.start()
-    with driver:
-        yield Running("http://127.0.0.1:%d" % taken.getsockname()[1], driver, folder)
+
+    def stop() -> None:
         server.should_exit = True
+
+    with driver:
+        yield Running("http://127.0.0.1:%d" % taken.getsockname()[1], driver, folder, stop)
+        stop()
         thread.join(60)
         assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def running(params, tmp_path_factory) -> Iterator[Running]:
+    with worked(params, str(tmp_path_factory.mktemp("policies"))) as running:
+        yield running
 
 
 @contextlib.asynccontextmanager
@@ -72,7 +81,11 @@ async def connected(running: Running):
 
 
 async def whole(generator, ids, sampling, **options) -> Completion:
-    pieces = [piece async for piece in generator.stream(ids, sampling, **options)]
+    return await whole_of(generator.stream(ids, sampling, **options))
+
+
+async def whole_of(stream) -> Completion:
+    pieces = [piece async for piece in stream]
     return sum(pieces[1:], pieces[0])
 
 
@@ -140,6 +153,75 @@ def test_refusals_are_what_they_are(running):
 
     with pytest.raises(EngineLost, match="401"):
         asyncio.run(strange())
+
+
+def test_a_worker_that_is_told_to_stop_lets_its_streams_go(params, tmp_path):
+    """They end for the reader to go on elsewhere, though the engine would not have ended them."""
+    async def scenario(running):
+        async with connected(running) as remote:
+            pieces = remote.stream(IDS, Sampling(30), session="a")
+            await running.driver.call(Engine.pause)
+            reading = asyncio.create_task(whole_of(pieces))
+            while not await running.driver.call(lambda engine: engine.waiting + engine.running):
+                pass
+            running.stop()
+            with pytest.raises(Closed, match="closed under the stream"):
+                await asyncio.wait_for(reading, 60)
+
+    with worked(params, str(tmp_path)) as running:
+        asyncio.run(scenario(running))
+
+
+def test_a_worker_whose_engine_has_ended_is_not_well(params):
+    async def main():
+        driver = Driver(Engine(params, CONFIG, slots=1, max_len=40))
+        reached = httpx.ASGITransport(worker.application(driver, TOKEN, load=lambda number: pytest.fail("no push")))
+        remote = await Remote.connect("http://worker", TOKEN, transport=reached)
+        assert (await remote.health())["version"] == 0
+        driver.close()
+        with pytest.raises(Closed):
+            await remote.health()
+        await remote.aclose()
+
+    asyncio.run(main())
+
+
+def test_a_request_that_is_too_long_is_refused(running, monkeypatch):
+    monkeypatch.setattr(worker, "MOST_BYTES", 500)
+
+    async def ask():
+        async with connected(running) as remote:
+            await remote.health()
+            with pytest.raises(ValueError, match="body: expected at most 500 bytes, found more"):
+                await whole(remote, IDS * 100, Sampling(1), session="a")
+
+    asyncio.run(ask())
+
+
+def test_the_client_lets_a_connection_go_before_the_worker_does(running, monkeypatch):
+    made = []
+
+    class Recorded(httpx.AsyncClient):
+        def __init__(self, **options):
+            made.append(options["limits"])
+            super().__init__(**options)
+
+    async def connect():
+        async with connected(running):
+            pass
+
+    monkeypatch.setattr(httpx, "AsyncClient", Recorded)
+    asyncio.run(connect())
+    server = worker.Server(running.driver, TOKEN, load=lambda number: pytest.fail("no push"))
+    assert [limits.keepalive_expiry < server.config.timeout_keep_alive for limits in made] == [True]
+
+
+@pytest.mark.parametrize("parser, arguments", [
+    (worker._parser, ["--checkpoint", "c", "--policies", "p"]), (serve_main._parser, ["--checkpoint", "c"])])
+def test_a_token_need_not_stand_among_the_arguments(parser, arguments, monkeypatch):
+    monkeypatch.setenv("GLM5_JAX_TOKEN", "of the environment")
+    assert parser().parse_args(arguments).token == "of the environment"
+    assert parser().parse_args([*arguments, "--token", "named"]).token == "named"
 
 
 def test_a_worker_that_is_not_there():

@@ -6,7 +6,8 @@ import pytest
 
 from glm5_jax.core.metrics import collect, merge
 from glm5_jax.records import Completion, Failure, Group, Trajectory, Turn
-from glm5_jax.rl.report import Since, Times, measure, repetition, staleness, tokens, truncated
+from glm5_jax.rl.report import engines, measure, repetition, Since, staleness, Times, tokens, truncated
+from glm5_jax.serve.generator import Totals
 
 
 def rollout(id: str, versions: list[int], reward: float = 0.0, end: str = "done", task: str = "sums") -> Trajectory:
@@ -50,6 +51,14 @@ def test_a_step_by_hand():
 def turn_of(ids: list[int], stop: str) -> Turn:
     completion = Completion(ids, [-0.5] * len(ids), [1] * len(ids), stop)
     return Turn([{"role": "user", "content": "?"}], {"role": "assistant", "content": ""}, (1,), completion)
+
+
+def test_engines_by_hand():
+    before = Totals(seconds=10, busy=4, drawn=100, fed=50, reused=5, again=0)
+    after = before + Totals(seconds=20, busy=15, drawn=300, fed=70, reused=30, again=10)
+    assert collect(engines(before, after)) == pytest.approx({
+        "engine/idle": 0.25, "engine/tokens_per_second": 15, "engine/cache_hit": 1 / 3, "engine/tokens_again": 10})
+    assert engines(after, after) == {}
 
 
 def test_what_repeats_itself_and_what_was_cut_off():

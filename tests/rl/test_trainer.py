@@ -261,7 +261,7 @@ def test_from_a_sampled_token_to_a_gradient(params, step, tmp_path, scheduler):
                                     Plan(length=48, advantage=functools.partial(
                                         trainer.advantage.group_advantage, std=False)))
             writer = JsonlWriter(tmp_path / "metrics.jsonl")
-            await Loop(ledger, scheduler, Playing(gateway), learner, writer=writer).run(3)
+            await Loop(ledger, scheduler, Playing(gateway), learner, writer=writer, totals=driver.totals).run(3)
             writer.close()
             learner.close()
             await gateway.shutdown()
@@ -278,6 +278,8 @@ def test_from_a_sampled_token_to_a_gradient(params, step, tmp_path, scheduler):
 
     rows = asyncio.run(run())
     assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert 0 <= row["engine/idle"] <= 1 and row["engine/tokens_per_second"] > 0 and 0 <= row["engine/cache_hit"] < 1
     if isinstance(scheduler, Sync):  # what the engine stamped is what the trainer computes of the same ids
         assert max(row["mismatch/log_max"] for row in rows) < 1e-4
         assert max(abs(row["ppo_kl"]) for row in rows) == 0

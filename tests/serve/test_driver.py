@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import glm5_jax as glm5
+from glm5_jax.infer import slots
 from glm5_jax.infer.engine import Engine
 from glm5_jax.infer.request import RequestTooLong, Result, Sampling
 from glm5_jax.records import Completion, StopReason, Trajectory
@@ -32,7 +33,7 @@ class Counting:
     def __init__(self, slots: int = 2):
         self.version, self.steps, self.slots, self.paused = 0, 0, slots, False
         self.requests, self.ended, self.number = {}, [], 0
-        self.error, self.wakes = None, []
+        self.error, self.looks = None, []
 
     def submit(self, ids, sampling, *, session=None, drawn=0):
         if len(ids) - drawn + sampling.max_new_tokens > self.max_len:
@@ -69,11 +70,13 @@ class Counting:
         results, self.ended = self.ended, []
         return results
 
-    def progress(self, number):
-        return self._result(number, "abort")
+    def progress(self, number, since=0):
+        result = self._result(number, "abort", since)
+        self.looks.append(len(result.completion.ids))
+        return result
 
     def abort(self, number):
-        result = self.progress(number)
+        result = self._result(number, "abort")
         del self.requests[number]
         return result
 
@@ -88,8 +91,8 @@ class Counting:
     def resume(self, cache):
         self.paused = False
 
-    def _result(self, number, stop):
-        _, _, new, versions = self.requests[number]
+    def _result(self, number, stop, since=0):
+        new, versions = (values[since:] for values in self.requests[number][2:])
         return Result(number, Completion(new, [-1.0] * len(new), versions, stop), [-1.0] * len(new))
 
 
@@ -184,6 +187,22 @@ def test_pieces_come_step_by_step():
                 gate.release()
                 assert await anext(stream) == counted(6 + n, 1, "length" if n == 2 else "abort")
             assert await anext(stream, None) is None
+
+    asyncio.run(run())
+
+
+def test_after_a_step_a_look_is_taken_at_what_is_new_in_the_slots():
+    """And at nothing else: with long streams, and many that wait, that would take longer than the step."""
+    async def run():
+        one, gate = gated(Counting(slots=2))
+        async with driving(one, gate) as driver:
+            async with held(driver):
+                streams = [asyncio.create_task(whole(driver.stream([10 * n], Sampling(4), session="a")))
+                           for n in range(6)]
+            for _ in range(12):
+                gate.release()
+            assert await asyncio.gather(*streams) == [counted(10 * n + 1, 4) for n in range(6)]
+        assert len(one.looks) <= 12 * 2 and sum(one.looks) <= 6 * 4
 
     asyncio.run(run())
 
@@ -311,6 +330,25 @@ def test_a_push_that_is_refused_changes_nothing():
     asyncio.run(run())
 
 
+def test_a_push_whose_cache_cannot_be_made_leaves_nobody_waiting(monkeypatch):
+    """The weights are the new ones then, and the cache is made by the next step."""
+    def no_room(*arguments):
+        raise MemoryError("no room")
+
+    async def run():
+        async with driving(engine()) as driver:
+            with monkeypatch.context() as patched:
+                patched.setattr(slots, "empty", no_room)
+                with pytest.raises(MemoryError, match="no room"):
+                    await driver.push(params(1), 1)
+                with pytest.raises(EngineLost, match="MemoryError: no room"):
+                    await asyncio.wait_for(whole(driver.stream(IDS, Sampling(3), session="a")), 60)
+            found = await whole(driver.stream(IDS, Sampling(3), session="a"))
+            assert len(found.ids) == 3 and set(found.versions) == {1}
+
+    asyncio.run(run())
+
+
 def test_a_step_that_fails_fails_what_runs_and_nothing_else():
     """What ended in that step has its end; what waits gets its turn."""
     async def run():
@@ -396,6 +434,32 @@ def test_closing_ends_streams_and_calls_and_refuses_more():
                     await use
             driver.abort("a")
             driver.release("a")
+
+    asyncio.run(run())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_by_an_error_of_its_own_leaves_nobody_waiting():
+    """Nor those whose request it had not come to."""
+    async def run():
+        one, entered, go = Counting(), threading.Event(), threading.Event()
+
+        def step():
+            entered.set()
+            go.wait()
+            one.results = None  # the driver cannot call that
+
+        one.step = step
+        driver = Driver(one)
+        tasks = [asyncio.create_task(whole(driver.stream([1], Sampling(9), session="a")))]
+        await asyncio.to_thread(entered.wait)
+        for use in (whole(driver.stream([1], Sampling(9), session="b")), driver.call(id), driver.push(None, 1)):
+            tasks.append(asyncio.create_task(use))
+        await asyncio.sleep(0)  # all sent
+        go.set()
+        found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+        assert [type(each) for each in found] == [Closed] * 4 and driver.closed
+        driver.close()
 
     asyncio.run(run())
 
