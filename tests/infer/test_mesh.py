@@ -27,7 +27,7 @@ def split(version: int, **sizes: int) -> Any:
     return jax.device_put(params(version), core_mesh.param_shardings(glm5.param_specs(CONFIG), mesh, CONFIG.sharding))
 
 
-@pytest.mark.parametrize("sizes, drafts", [(MESHES[0], 2), (MESHES[1], 0)], ids=str)
+@pytest.mark.parametrize("sizes, drafts", [pytest.param(MESHES[0], 2, marks=pytest.mark.slow), (MESHES[1], 0)], ids=str)
 def test_a_mesh_answers_what_one_device_does(sizes, drafts):
     """With sessions, and a push among the requests; after the first of them nothing is compiled."""
     one, rng = Engine(split(0, **sizes), CONFIG, slots=4, drafts=drafts, **OPTIONS), np.random.default_rng(drafts)
