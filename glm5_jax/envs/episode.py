@@ -112,7 +112,7 @@ def episode(
     try:
         end = yield from _play(played, env, limits, context, count, clock)
     except CalledBack:
-        pass
+        end = EndReason.ABORTED
     except OutOfRoom:
         end = EndReason.TOKENS
     except Failed as failed:

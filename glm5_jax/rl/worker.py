@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import secrets
+import socket
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -31,7 +32,7 @@ from glm5_jax.infer.request import Sampling
 from glm5_jax.records import Completion, PolicyVersion, to_json
 from glm5_jax.rl import weights
 from glm5_jax.serve.driver import Driver
-from glm5_jax.serve.http import GRACE_S, listening, MOST_BYTES
+from glm5_jax.serve.http import GRACE_S, listening, MOST_BYTES, url
 
 Load = Callable[[int], tuple[PolicyVersion, Any]]
 
@@ -114,23 +115,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until it is told to stop; returns the exit code: 0, or 2 for a fault of the input."""
     options = _parser().parse_args(arguments)
     try:
-        config, params = load_hf(options.checkpoint, dtype=options.dtype, progress=True)
-        engine = Engine(params, config, slots=options.slots, max_len=options.max_len, block=options.block,
-                        fp8=options.fp8)
-        taken = listening(options.host, options.port)
+        with listening(options.host, options.port) as taken:  # first: what comes next may take long
+            serve(options, taken)
+    except KeyboardInterrupt:
+        pass  # raised anew by the server once it has stopped
     except (OSError, ValueError) as error:
         print(f"worker: {error}", file=sys.stderr)
         return 2
-    token = options.token or secrets.token_urlsafe(32)
-    host, port = taken.getsockname()[:2]
-    with Driver(engine) as driver:
-        print(f"at     http://{f'[{host}]' if ':' in host else host}:{port}\ntoken  {token}", flush=True)
-        load = functools.partial(weights.fetch, options.policies, like=params)
-        try:
-            Server(driver, token, load).run(sockets=[taken])
-        except KeyboardInterrupt:
-            pass  # raised anew by the server once it has stopped
     return 0
+
+
+def serve(options: argparse.Namespace, taken: socket.socket) -> None:
+    """Serves at a socket that listens; raises OSError or ValueError for what cannot be served."""
+    config, params = load_hf(options.checkpoint, dtype=options.dtype, progress=True)
+    engine = Engine(params, config, slots=options.slots, max_len=options.max_len, block=options.block, fp8=options.fp8)
+    with Driver(engine) as driver:
+        token = options.token or secrets.token_urlsafe(32)
+        print(f"at     {url(taken)}\ntoken  {token}", flush=True)
+        Server(driver, token, functools.partial(weights.fetch, options.policies, like=params)).run(sockets=[taken])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from glm5_jax.checkpoint.released import load_hf
 from glm5_jax.infer.engine import Engine
 from glm5_jax.serve.driver import Driver
 from glm5_jax.serve.gateway import Gateway
-from glm5_jax.serve.http import listening, Server
+from glm5_jax.serve.http import listening, Server, url
 from glm5_jax.text.tokenizer import Tokenizer
 
 LONGEST = 4096  # tokens of a context where --max-len is not given: the cache is made for it at the start
@@ -45,9 +45,8 @@ def serve(options: argparse.Namespace, taken: socket.socket) -> None:
         model = options.model or pathlib.Path(options.checkpoint).resolve().name
         gateway = Gateway(driver, tokenizer, model=model, limit=options.limit)
         token = options.token or secrets.token_urlsafe(32)
-        host, port = taken.getsockname()[:2]
         print(f"model  {model}, {options.slots} slots of {engine.max_len} tokens\n"
-              f"at     http://{f'[{host}]' if ':' in host else host}:{port}\n"
+              f"at     {url(taken)}\n"
               f"token  {token}", flush=True)
         Server(gateway, token, lambda: gauges(driver, options.slots)).run(sockets=[taken])
 

@@ -77,6 +77,12 @@ def listening(host: str, port: int) -> socket.socket:
     return taken
 
 
+def url(taken: socket.socket) -> str:
+    """Where clients find what listens at the socket."""
+    host, port = taken.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 class _Door:
     """The endpoints. Tokens are kept and looked up by their digests: the time that takes says nothing of a token."""
 

@@ -114,14 +114,30 @@ def test_the_tokens_are_the_engine_s_own(running):
 
 
 def test_a_stream_that_is_left_frees_its_slot(running):
+    """The engine stands still: the request cannot have ended by itself."""
     async def leave():
         async with connected(running) as remote:
+            await running.driver.call(Engine.pause)
             pieces = remote.stream(IDS, Sampling(30), session="a")
-            await anext(pieces)
+            first = asyncio.ensure_future(anext(pieces))
+            while not await running.driver.call(lambda engine: engine.waiting):
+                await asyncio.sleep(0)
+            await running.driver.call(two_blocks)
+            assert 0 < len((await first).ids) < 30
+            assert await running.driver.call(lambda engine: engine.running) == 1
             await pieces.aclose()
             await idle(running.driver)
+            await running.driver.call(Engine.resume)
 
     asyncio.run(asyncio.wait_for(leave(), 60))
+    assert running.driver.gauges.running == 0
+
+
+def two_blocks(engine: Engine) -> None:
+    engine.resume()
+    for _ in range(2):
+        engine.step()
+    engine.pause()
 
 
 def test_a_stream_that_is_called_back_ends_with_what_it_has(running):

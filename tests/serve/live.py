@@ -17,6 +17,7 @@ from glm5_jax.serve import http
 from glm5_jax.serve.gateway import Gateway
 from glm5_jax.serve.generator import Generator
 from glm5_jax.text.tokenizer import Tokenizer
+from tests.serve.fakes import ScriptedGenerator
 
 TOKEN = "the administrator's"
 TOKENIZER = Tokenizer.packaged()
@@ -52,6 +53,20 @@ class Halting:
 
     def release(self, session: str) -> None:
         self._recalled.pop(session, None)
+
+
+CALLED = "<tool_call>ls<arg_key>path</arg_key><arg_value>/tmp</arg_value><arg_key>depth</arg_key><arg_value>1" \
+         "</arg_value></tool_call>"
+# What the model of `saying` says to each seed.
+SAID = [
+    "I think.</think>Hello, wörld! 🦆<|user|>",
+    f"Look.</think>Let me see.{CALLED}{CALLED}<|observation|>",
+    "</think>No thought.<|endoftext|>",
+    "A thought without an end",
+    f"</think><tool_call>ls<arg_value>1</tool_call>{CALLED} and more<|user|>",
+    "<|user|>",
+]
+SEEDS = range(len(SAID))
 
 
 class Watched:
@@ -140,3 +155,11 @@ def serving(gateway: Gateway, gauges: Callable[[], Mapping[str, float]] = dict) 
         yield live
     finally:
         live.stop()
+
+
+@contextlib.contextmanager
+def saying() -> Iterator[Live]:
+    """A server whose model says what `SAID` has for the seed."""
+    generator = ScriptedGenerator(lambda ids, sampling, session: spelled(SAID[sampling.seed % len(SAID)]))
+    with serving(Gateway(generator, TOKENIZER)) as live:
+        yield live

@@ -9,32 +9,18 @@ import pytest
 
 from glm5_jax.serve import anthropic_api
 from glm5_jax.serve.calls import Chat
-from glm5_jax.serve.gateway import Gateway, Options
+from glm5_jax.serve.gateway import Options
 from glm5_jax.serve.refusals import Refused
-from tests.serve.fakes import ScriptedGenerator
-from tests.serve.live import Live, serving, spelled, TOKENIZER
+from tests.serve.live import Live, SAID, saying, SEEDS, spelled
 
 ASKED: list[Any] = [{"role": "user", "content": "What is in /tmp?"}]
 LS = {"name": "ls", "description": "Lists files.", "input_schema": {
     "type": "object", "properties": {"path": {"type": "string"}, "depth": {"type": "string"}}}}
-CALLED = "<tool_call>ls<arg_key>path</arg_key><arg_value>/tmp</arg_value><arg_key>depth</arg_key><arg_value>1" \
-         "</arg_value></tool_call>"
-# What the model says to each seed.
-SAID = [
-    "I think.</think>Hello, wörld! 🦆<|user|>",
-    f"Look.</think>Let me see.{CALLED}{CALLED}<|observation|>",
-    "</think>No thought.<|endoftext|>",
-    "A thought without an end",
-    f"</think><tool_call>ls<arg_value>1</tool_call>{CALLED} and more<|user|>",
-    "<|user|>",
-]
-SEEDS = range(len(SAID))
 
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    generator = ScriptedGenerator(lambda ids, sampling, session: spelled(SAID[sampling.seed % len(SAID)]))
-    with serving(Gateway(generator, TOKENIZER)) as live:
+    with saying() as live:
         yield live
 
 
