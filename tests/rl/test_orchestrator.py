@@ -257,21 +257,23 @@ class World:
         self.dropped: collections.Counter = collections.Counter()
 
     async def run(self, groups: int, first: int = 0):
-        number, flight = first, set()
+        number, flight = first, list[asyncio.Task]()
         while sum(self.ended.values()) < groups:
             while len(flight) < self.at_once and (problem := self.orchestrator.next(number)):
                 order = Order(f"g-{number}", problem.task, problem.seed, problem.size, 0)
-                flight.add(asyncio.create_task(self.group(order)))
+                flight.append(asyncio.create_task(self.group(order)))
                 number += 1
             await asyncio.wait(flight, return_when=asyncio.FIRST_COMPLETED)
-            flight = {one for one in flight if not one.done()}
+            flight = [one for one in flight if not one.done()]
         for one in flight:
             one.cancel()
         await asyncio.gather(*flight, return_exceptions=True)
 
     async def group(self, order: Order):
-        plays = [self.orchestrator.play(order, f"{order.id}-{i}", None) for i in range(order.size)]
-        consumed = all(one.end.complete for one in await asyncio.gather(*plays))
+        async with asyncio.TaskGroup() as plays:  # unlike gather, it ends after all of them where it is cancelled
+            begun = [plays.create_task(self.orchestrator.play(order, f"{order.id}-{i}", None))
+                     for i in range(order.size)]
+        consumed = all(one.result().end.complete for one in begun)
         (self.ended if consumed else self.dropped)[order.task] += 1
         self.orchestrator.ended(order.id, order.task, consumed)
 
