@@ -13,7 +13,7 @@ from glm5_jax.records import EndReason, Failure, FailureReason, Group, Trajector
 from glm5_jax.rl.assemble import Refused, settle
 from glm5_jax.rl.ledger import Ledger, LedgerError, Order
 from glm5_jax.rl.partial import Flight, Queue
-from glm5_jax.rl.report import Since, tokens
+from glm5_jax.rl.report import Played, Since, tokens
 from glm5_jax.rl.schedule import Ticket
 
 
@@ -49,7 +49,8 @@ class Flights:
         self._queue = Queue()
         self._playing: dict[str, asyncio.Task[Trajectory]] = {}
         self._recalled: set[str] = set()  # of those that are played
-        self._arrived = collections.deque[tuple[str, str]]()  # (group, rollout) of those that have ended
+        self._arrived = collections.deque[tuple[str, str, float]]()  # (group, rollout, seconds): those that have ended
+        self._now = asyncio.get_running_loop().time
         self._still = asyncio.Event()
         self.since = Since()
         self.refused: list[str] = []  # groups in a row that came to nothing, and why
@@ -115,6 +116,7 @@ class Flights:
         self._ledger.consume(step, groups)
         for group in groups:
             flight, _ = self._done.pop(group.id)
+            self.since.played |= flight.played
             self._players.ended(group.id, flight.order.task, True)
         return groups
 
@@ -156,10 +158,11 @@ class Flights:
         flight = self._running[group]
         so_far = flight.recorded.get(id)
         self.since.resumed += so_far is not None
+        began = self._now()
         self._playing[id] = task = asyncio.create_task(self._play(flight.order, id, so_far))
 
         def ended(_: object) -> None:
-            self._arrived.append((group, id))
+            self._arrived.append((group, id, self._now() - began))
             self._changed.set()
 
         task.add_done_callback(ended)
@@ -179,7 +182,7 @@ class Flights:
         except Exception as error:  # its own work is lost, and nobody else's
             return _failed(order, id, so_far, error)
 
-    def _arrive(self, group: str, id: str) -> None:
+    def _arrive(self, group: str, id: str, seconds: float) -> None:
         task, recalled = self._playing.pop(id), id in self._recalled
         self._recalled.discard(id)
         flight = self._running.get(group) or self._held.get(group)
@@ -189,6 +192,9 @@ class Flights:
         so_far = flight.recorded.get(id)
         found = (_failed(flight.order, id, so_far, asyncio.CancelledError("by whoever plays"))
                  if task.cancelled() else task.result())
+        before = flight.played.get(id, Played())
+        gained = tokens(found) - (tokens(so_far) if so_far else 0)
+        flight.played[id] = Played(before.tokens + gained, before.seconds + seconds)
         if found.end is not EndReason.ABORTED or found.turns != (so_far.turns if so_far else ()):
             self._record(flight, found, so_far)
         elif not recalled:

@@ -11,6 +11,7 @@ The ledger is written on the event loop itself: a write takes about a millisecon
 import asyncio
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -72,17 +73,19 @@ class Loop:
 
     At most `at_once` rollouts are played at the same time; others wait. Where `patience` groups in a row came to
     nothing because of failures, or for `wait_s` seconds nothing is under way and there is no problem to play, the loop
-    gives up. Metrics of each step go to `writer`; `totals` says what the engines have done so far (`Driver.totals`).
+    gives up. Metrics of each step go to `writer`; `totals` says what the engines have done so far (`Driver.totals`),
+    `retried` how often a rollout was played again because its worker was lost (`Orchestrator.retried`).
     """
 
     def __init__(self, ledger: Ledger, scheduler: Scheduler, rollouts: Rollouts, trainer: Trainer, *,
-                 writer: Writer | None = None, totals: Callable[[], Totals] = Totals, at_once: int = 1024,
-                 patience: int = 32, wait_s: float = 60.0):
+                 writer: Writer | None = None, totals: Callable[[], Totals] = Totals,
+                 retried: Callable[[], float] = lambda: math.nan, at_once: int = 1024, patience: int = 32,
+                 wait_s: float = 60.0):
         for name, value, least in (("at_once", at_once, 1), ("patience", patience, 1), ("wait_s", wait_s, 0)):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, found {value}")
         self.ledger, self.scheduler, self.rollouts, self.trainer = ledger, scheduler, rollouts, trainer
-        self.writer, self.totals = writer, totals
+        self.writer, self.totals, self.retried = writer, totals, retried
         self.at_once, self.patience, self.wait_s = at_once, patience, wait_s
 
     async def run(self, steps: int) -> None:
@@ -113,7 +116,7 @@ class _Run:
         self.version = self.trainer.step  # steps trained and pushed
         self.update: asyncio.Task[_Update] | None = None  # a training step and the push after it
         self.report: Callable[..., dict[str, Metric]] = dict  # of the step under way
-        self.totals = loop.totals()
+        self.totals, self.retried = loop.totals(), loop.retried()
         self.step_of: dict[int, int] = {}  # policy number -> step
         self.flights = Flights(loop.ledger, loop.rollouts, loop.at_once, self.step_of, self.changed)
         self.policy = self.dispatched = 0  # the newest policy, groups ever
@@ -180,6 +183,8 @@ class _Run:
         """Begins a training step."""
         groups = self.flights.take(self.version + 1, batch)
         since, self.flights.since = self.flights.since, Since()
+        before, self.retried = self.retried, self.loop.retried()
+        since.retried = self.retried - before
         self.report = functools.partial(measure, groups, self.version, self.step_of, since,
                                         in_flight=len(self.flights), queued=self.flights.queued)
         self.begun = self.now()

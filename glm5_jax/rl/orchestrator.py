@@ -80,6 +80,7 @@ class Orchestrator:
         self._round = RoundRobin()
         self._slots = asyncio.Semaphore(limit)
         self._called_back: dict[str, asyncio.Event] = {}
+        self._retried = 0
         for service in services:
             self.register(service)
 
@@ -113,6 +114,10 @@ class Orchestrator:
     def counts(self) -> dict[str, Count]:
         """The numbers of every task that has any."""
         return dict(self._counts)
+
+    def retried(self) -> int:
+        """How often so far a rollout was played again because its worker was lost."""
+        return self._retried
 
     def next(self, number: int) -> Problem | None:
         """What group `number` is of; None while no task has room. Counts it as dispatched.
@@ -180,9 +185,10 @@ class Orchestrator:
             return _failed(begun, Failure(FailureReason.WORKER, order.task, f"expected one of the tasks that are "
                                                                             f"registered, {sorted(self._services)}"))
         async with self._slots:
-            for _ in range(1 + self._retries):
+            for attempt in range(1 + self._retries):
                 if called_back.is_set():
                     return begun
+                self._retried += attempt > 0
                 ended = await _attempt(service, order, begun, so_far, called_back)
                 if ended.failure is None or ended.failure.reason is not FailureReason.WORKER:
                     break

@@ -11,16 +11,18 @@ from collections.abc import Iterable, Iterator
 
 from glm5_jax.records import EndReason, Trajectory
 from glm5_jax.rl.ledger import Order
+from glm5_jax.rl.report import Played
 from glm5_jax.rl.schedule import Ticket
 
 
 @dataclasses.dataclass
 class Flight:
-    """A group in flight: the newest state of each of its rollouts, as the ledger has them."""
+    """A group in flight: the newest state of each of its rollouts, as the ledger has them, and how it was played."""
 
     order: Order
     ticket: Ticket
     recorded: dict[str, Trajectory]
+    played: dict[str, Played] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, order: Order, ticket: Ticket, trajectories: Iterable[Trajectory] = ()) -> "Flight":

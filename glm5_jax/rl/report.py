@@ -2,8 +2,9 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +15,15 @@ from glm5_jax.records import EndReason, FailureReason, Group, StopReason, Trajec
 from glm5_jax.serve.generator import Totals
 
 RUN = 8  # tokens in a row that count as repeated where they come again
-OLDEST = 8  # the last bar of the histogram holds all that is staler
+OLDEST = 8  # the last bar of a histogram holds all that is staler
 Counts = collections.Counter[str]
+
+
+class Played(NamedTuple):
+    """What a rollout has gained while this process played it, in so many seconds."""
+
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass
@@ -25,8 +33,10 @@ class Since:
     dropped: Counts = dataclasses.field(default_factory=collections.Counter)  # groups, by reason
     failed: Counts = dataclasses.field(default_factory=collections.Counter)  # rollouts, by reason
     resumed: int = 0  # rollouts
+    retried: float = math.nan  # times that a rollout was played again for a lost worker; NaN where nobody counts them
     sampled: list[int] = dataclasses.field(default_factory=list)  # tokens of each rollout that ended
     discarded: int = 0  # tokens of groups that were given up
+    played: dict[str, Played] = dataclasses.field(default_factory=dict)  # by rollout, of the batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +98,17 @@ def truncated(trajectory: Trajectory) -> bool:
 
 def measure(batch: Sequence[Group], version: int, step_of: Mapping[int, int], since: Since, *, times: Times,
             in_flight: int, queued: int) -> dict[str, Metric]:
-    """The metrics of the step from `version` on `batch`. Averages are over rollouts, those of failed ones left out."""
+    """The metrics of the step from `version` on `batch`. Averages are over rollouts, those of failed ones left out.
+
+    The speed of the longest rollout is that of all its time of being played: tools, rewards and retries count in, what
+    lies between a call back and its resumption does not, nor what another process played before a restart.
+    """
     rollouts = [one for group in batch for one in group.trajectories if one.end.complete]
     stale = [age for one in rollouts if (age := staleness(one, version, step_of)) is not None]
     drawn = [version - step_of[number] for one in rollouts for turn in one.turns if turn.completion
              for number in turn.completion.versions]
     lengths = [tokens(one) for one in rollouts]
+    longest = since.played.get(max(rollouts, key=tokens).id, Played()) if rollouts else Played()
     of_group = [{one.reward for one in group.trajectories if one.end.complete} for group in batch]
     found: dict[str, Metric] = {
         "reward/mean": _mean([one.reward for one in rollouts]),
@@ -116,15 +131,19 @@ def measure(batch: Sequence[Group], version: int, step_of: Mapping[int, int], si
         "rollouts/truncated": _mean([truncated(one) for one in rollouts]),
         "rollouts/repetition": _mean([repetition(one) for one in rollouts]),
         "rollouts/resumed": _mean([since.resumed]),
+        "rollouts/retried": _mean([since.retried]),
         "trainer/idle": Mean(jnp.float32(times.waited), jnp.float32(times.whole)),
         "push/seconds": _mean([times.pushed]),
         "tokens/trained": _mean([sum(lengths)]),
         "tokens/discarded": _mean([since.discarded]),
         "tokens/per_second": Mean(jnp.float32(sum(lengths)), jnp.float32(times.whole)),
+        "tokens/per_second_of_longest": Mean(jnp.float32(longest.tokens), jnp.float32(longest.seconds)),
     }
-    for age in range(OLDEST + 1):
-        name = f"staleness/share_{age}{'_and_more' if age == OLDEST else ''}"
-        found[name] = _mean([min(max(one, 0), OLDEST) == age for one in stale])
+    for name, ages in {"share": stale, "tokens_share": drawn}.items():
+        counts = collections.Counter(min(max(age, 0), OLDEST) for age in ages)
+        for age in range(OLDEST + 1):
+            bar = f"staleness/{name}_{age}{'_and_more' if age == OLDEST else ''}"
+            found[bar] = Mean(jnp.float32(counts[age]), jnp.float32(len(ages)))
     for reason in FailureReason:
         found[f"rollouts/failed/{reason}"] = _mean([since.failed[reason]])
     for reason in ["stale", *FailureReason]:

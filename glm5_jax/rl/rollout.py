@@ -10,9 +10,10 @@ from glm5_jax.envs.base import Environment, Failed, Limits
 from glm5_jax.envs.context import Count, Policy, keep_all
 from glm5_jax.envs.episode import Act, Ask, CalledBack, OutOfRoom, Reply, episode
 from glm5_jax.infer.request import RequestTooLong
-from glm5_jax.records import Failure, FailureReason, StopReason, Trajectory
+from glm5_jax.records import Completion, Failure, FailureReason, StopReason, Trajectory, Turn
 from glm5_jax.rl.executors import Threads, WorkerLost
 from glm5_jax.serve.gateway import Gateway, Options, Stream
+from glm5_jax.serve.generator import EngineLost
 from glm5_jax.text.template import ChatError
 
 AGAIN_S = 1.0
@@ -37,9 +38,10 @@ async def play(
     """Plays `env` as `envs.episode.run_episode` does, in the gateway's session `id`, or goes on from `so_far`.
 
     Calls of the environment are made by `run`; a reply may take `reply_s` seconds. Once `called_back` is set, the
-    episode ends as aborted, at once with the tokens it has, or after the call of the environment that is under way. A
-    prompt too long for the engine ends it at its token limit. What fails is the trajectory's failure: ENGINE what comes
-    from the gateway, ENVIRONMENT messages that cannot be rendered, WORKER a worker that was lost, TIMEOUT what was
+    episode ends as aborted, at once with the tokens it has, or after the call of the environment that is under way. So
+    it does where its engine is lost: no token that had come is drawn again. A prompt too long for the engine ends it at
+    its token limit. What fails is the trajectory's failure: ENGINE what comes from the gateway, ENVIRONMENT messages
+    that cannot be rendered, WORKER a worker that was lost, or an engine before anything new had come, TIMEOUT what was
     late. A cancellation closes environment and session, and passes.
     """
     called_back = called_back or asyncio.Event()
@@ -81,6 +83,7 @@ class _Talk:
     options: Options
     reply_s: float | None
     opened: bool = False
+    answered: bool = False  # at least once
 
     async def reply(self, ask: Ask) -> Reply:
         if self.called_back.is_set():
@@ -96,11 +99,14 @@ class _Talk:
             async with stream, asyncio.timeout(self.reply_s):
                 self._require_same(ask, stream.prompt)
                 answer = await stream.answer()
+        except EngineLost as error:
+            return self._kept(ask, stream.prompt, error)
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
         if answer.completion.stop is StopReason.ABORT and not answer.completion.ids:
             raise CalledBack  # nothing came of it
+        self.answered = True
         return Reply(answer.reply, answer.prompt, answer.completion)
 
     def _stream(self, ask: Ask) -> Stream:
@@ -109,6 +115,17 @@ class _Talk:
             self.gateway.open(self.session, turns=turns[:-1] if ask.so_far else turns)
             self.opened = True
         return self.gateway.chat(self.session, ask.messages, ask.tools, self.options, resume=ask.so_far)
+
+    def _kept(self, ask: Ask, prompt: tuple[int, ...], error: EngineLost) -> Reply:
+        """What had come of a reply whose engine was lost; where that is nothing, the episode ends with its replies, or
+        fails for want of any, so that it is not begun again without end."""
+        known = len(ask.so_far.ids) if ask.so_far else 0
+        match self.gateway.turns(self.session)[-1:]:
+            case [Turn(completion=Completion(stop=StopReason.ABORT) as drawn) as turn] if len(drawn.ids) > known:
+                return Reply(turn.reply, prompt, drawn)
+        if self.answered:
+            raise CalledBack from error
+        raise Failed(Failure.of(FailureReason.WORKER, "generate", error)) from error
 
     def _require_same(self, ask: Ask, prompt: tuple[int, ...]) -> None:
         """Tokens are gone on with behind the prompt that they were sampled from, or not at all."""

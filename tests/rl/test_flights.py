@@ -8,6 +8,7 @@ from glm5_jax.records import Completion, EndReason, Trajectory, Turn
 from glm5_jax.rl.flights import Flights
 from glm5_jax.rl.ledger import Ledger, Order
 from glm5_jax.rl.partial import Flight
+from glm5_jax.rl.report import Played
 from glm5_jax.rl.schedule import Ticket
 from tests.rl import harness
 
@@ -123,6 +124,26 @@ def test_what_is_resumed_while_it_still_ends_is_played_on(ledger):
     players, _ = go(ledger, scenario)
     assert sorted(players.begun) == ["sums-0-0", "sums-0-0", "sums-0-1", "sums-0-1"]
     assert all(len(one.turns[0].completion.ids) == 10 for one in ledger.trajectories("sums-0"))
+
+
+def test_the_time_of_a_rollout_is_that_of_its_being_played(ledger):
+    """Not that of its being called back, nor, like its tokens, that before a restart."""
+    async def scenario(flights):
+        one = in_flight(ledger, 0)
+        before = rollout(one.order, "sums-0-1", 6)
+        ledger.record(one.order.id, before)
+        flights.enter(Flight.of(one.order, one.ticket, [before]))
+        flights.start()
+        await asyncio.sleep(2.5)
+        flights.hold()
+        await seconds(flights, 20)
+        flights.resume(version=0)
+        flights.start()
+        await seconds(flights, 20)
+        flights.take(1, flights.done)
+        assert flights.since.played == {"sums-0-0": Played(10, 10.0), "sums-0-1": Played(4, 4.0)}
+
+    go(ledger, scenario)
 
 
 def test_a_group_that_is_given_up_ends_its_rollouts_and_counts_their_tokens(ledger):

@@ -1,6 +1,7 @@
 """The asynchronous loop on seeded schedules, killed and restarted; invariants by their numbers in the plan of tests."""
 
 import asyncio
+import collections
 import dataclasses
 import math
 import random
@@ -413,21 +414,37 @@ class Rows:
 
 
 def test_metrics_of_each_step(stage):
+    seconds = collections.Counter[str]()
+
+    class Timed(Player):
+        async def play(self, order, id, so_far):
+            began = asyncio.get_running_loop().time()
+            try:
+                return await super().play(order, id, so_far)
+            finally:
+                seconds[id] += asyncio.get_running_loop().time() - began
+
     writer = Rows()
-    one = stage(Async(2, 1, "drop"), Script(6, failing=0.3, train_s=2.0), writer=writer)
+    one = stage(Async(2, 1, "drop"), Script(6, failing=0.3, train_s=2.0), player=Timed, writer=writer,
+                retried=lambda: 3 * len(one.world.checkpoints))
     one.run(8)
     assert [step for step, _ in writer.rows] == list(range(1, 9))
+    assert [values["rollouts/retried"] for _, values in writer.rows] == [0, *[3] * 7]
     total = lambda name: sum(values[name] for _, values in writer.rows)
     step_of = {policy.number: policy.step for policy in one.ledger.policies()}
     for step, values in writer.rows:
         members = [rollout for group in one.ledger.batch(step) for rollout in group.trajectories
                    if rollout.end.complete]
         stale = [step - 1 - step_of[rollout.first_version] for rollout in members]
+        drawn = [step - 1 - step_of[version] for rollout in members for version in rollout.turns[0].completion.versions]
         lengths = [len(rollout.turns[0].completion.ids) for rollout in members]
+        longest = members[np.argmax(lengths)].id
         assert values["staleness/mean"] == pytest.approx(np.mean(stale))
         assert values["staleness/max"] == max(stale) <= 1
         assert values["staleness/share_0"] == pytest.approx(np.mean(np.array(stale) == 0))
+        assert values["staleness/tokens_share_0"] == pytest.approx(np.mean(np.array(drawn) == 0))
         assert values["length/consumed"] == pytest.approx(np.mean(lengths))
+        assert values["tokens/per_second_of_longest"] == pytest.approx(max(lengths) / seconds[longest])
         assert values["tokens/trained"] == sum(lengths)
         assert values["reward/mean"] == pytest.approx(np.mean([rollout.reward for rollout in members]))
         assert 0 <= values["trainer/idle"] < 1 and 0 < values["push/seconds"] < 2

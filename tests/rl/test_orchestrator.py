@@ -127,8 +127,9 @@ def test_work_of_a_lost_worker_is_done_again_so_often_and_no_more(lost, tries, r
             raise WorkerLost(f"host {len(calls)}")
         return rollout(order, id, end="failed", failure=Failure("worker", "step", f"host {len(calls)}"))
 
-    found = play(service(play=loses), begun, retries=2)
-    assert calls == [begun] * tries
+    one = Orchestrator([service(play=loses)], retries=2)
+    found = run(lambda: one.play(ORDER, "sums-0", begun))
+    assert calls == [begun] * tries and one.retried() == tries - 1
     if lost < 3:
         assert found == rollout(ORDER, "sums-0", turn(7, 9))
     else:

@@ -6,7 +6,7 @@ import pytest
 
 from glm5_jax.core.metrics import collect, merge
 from glm5_jax.records import Completion, Failure, Group, Trajectory, Turn
-from glm5_jax.rl.report import engines, measure, repetition, Since, staleness, Times, tokens, truncated
+from glm5_jax.rl.report import engines, measure, Played, repetition, Since, staleness, Times, tokens, truncated
 from glm5_jax.serve.generator import Totals
 
 
@@ -26,7 +26,8 @@ def step(*groups: Group, version: int = 3, **options) -> dict[str, float]:
 
 
 def test_a_step_by_hand():
-    since = Since(resumed=3, sampled=[2, 4, 9], discarded=11)
+    played = {"a-0": Played(2, 4.0), "a-1": Played(1, 1.0), "b-0": Played(2, 1.0)}  # a-0 had a token before a restart
+    since = Since(resumed=3, retried=6, sampled=[2, 4, 9], discarded=11, played=played)
     since.failed["environment"], since.dropped["stale"], since.dropped["timeout"] = 2, 1, 2
     found = step(
         Group("a", 3, [rollout("a-0", [1, 2, 3], 1.0), rollout("a-1", [2], 0.0), rollout("a-2", [1] * 9, end="failed")],
@@ -39,11 +40,13 @@ def test_a_step_by_hand():
         "staleness/tokens": (3 + 2 + 1 + 2 + 1 + 1 + 2 + 1) / 8,
         "staleness/policies": (3 + 1 + 1 + 2) / 4, "staleness/share_0": 0, "staleness/share_1": 1 / 4,
         "staleness/share_2": 2 / 4, "staleness/share_3": 1 / 4, "staleness/share_8_and_more": 0,
+        "staleness/tokens_share_0": 0, "staleness/tokens_share_1": 4 / 8, "staleness/tokens_share_2": 3 / 8,
+        "staleness/tokens_share_3": 1 / 8, "staleness/tokens_share_8_and_more": 0,
         "length/consumed": 8 / 4, "length/sampled": 5, "length/p50": 2, "length/p99": 2 + 0.97,
         "groups/no_spread": 1 / 2, "groups/all_0": 0, "groups/all_1": 1 / 2, "groups/accepted": 2 / 5,
-        "groups/repeats": 1 / 2,
-        "groups/in_flight": 7, "rollouts/queued": 5, "rollouts/resumed": 3, "trainer/idle": 0.25, "push/seconds": 1.5,
-        "tokens/trained": 8, "tokens/per_second": 1.0, "tokens/discarded": 11, "rollouts/failed/environment": 2,
+        "groups/repeats": 1 / 2, "groups/in_flight": 7, "rollouts/queued": 5, "rollouts/resumed": 3,
+        "rollouts/retried": 6, "trainer/idle": 0.25, "push/seconds": 1.5, "tokens/trained": 8, "tokens/per_second": 1.0,
+        "tokens/per_second_of_longest": 1 / 2, "tokens/discarded": 11, "rollouts/failed/environment": 2,
         "rollouts/failed/reward": 0, "groups/dropped/stale": 1, "groups/dropped/timeout": 2, "groups/dropped/worker": 0}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
@@ -71,8 +74,9 @@ def test_what_repeats_itself_and_what_was_cut_off():
 
 
 def test_the_last_bar_holds_all_that_is_staler():
-    found = step(Group("a", 1, [rollout("a-0", [1])]), version=30)
-    assert found["staleness/share_8_and_more"] == 1 and found["staleness/max"] == 30
+    found = step(Group("a", 1, [rollout("a-0", [1, 1, 5])]), version=30)
+    assert found["staleness/share_8_and_more"] == found["staleness/tokens_share_8_and_more"] == 1
+    assert found["staleness/max"] == 30
 
 
 def test_tokens_of_a_step_that_was_lost_are_ahead():
@@ -84,7 +88,13 @@ def test_tokens_of_a_step_that_was_lost_are_ahead():
 def test_rollouts_without_tokens():
     found = step(Group("a", 1, [rollout("a-0", [])]), times=Times(0.0, 0.0, 0.0))
     assert math.isnan(found["staleness/mean"]) and found["length/consumed"] == 0
+    assert math.isnan(found["staleness/tokens_share_0"])
     assert Times(0.0, 0.0, 0.0).idle == 0 and Times(2.0, 1.0, 8.0).idle == 0.25
+
+
+def test_what_nobody_has_measured():
+    found = step(Group("a", 1, [rollout("a-0", [1])]))
+    assert math.isnan(found["rollouts/retried"]) and math.isnan(found["tokens/per_second_of_longest"])
 
 
 def test_steps_merge_exactly():

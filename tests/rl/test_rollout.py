@@ -121,6 +121,32 @@ def test_a_rollout_called_back_at_any_moment_goes_on_as_if_nothing_had_been(part
     assert max(lives) > 2
 
 
+@pytest.mark.parametrize("part", range(4))
+def test_a_rollout_whose_engine_is_lost_at_any_moment_goes_on_from_its_tokens(part):
+    """Invariant 4: it ends as it would have without. It fails where the engine gave nothing at all."""
+    expected = whole()
+
+    async def main(after):
+        so_far, found, lives = None, None, 0
+        while found is None or not found.end.complete:
+            stand, lives = Stand(), lives + 1
+            asyncio.get_running_loop().call_later(after * lives, setattr, stand.generator, "error", EngineLost("w3"))
+            found = from_json(Trajectory, to_json(await stand.play(so_far=so_far)))
+            stand.assert_nothing_is_left()
+            before = so_far.sampled if so_far else ()
+            assert found.sampled[:len(before)] == before
+            if found.failure:
+                assert found.failure.reason is FailureReason.WORKER and found.sampled == before
+            else:
+                assert len(found.sampled) > len(before)
+                so_far = found
+        assert found == expected
+        return lives
+
+    lives = [harness.run(lambda: main(0.03 + 0.11 * number), seed=number) for number in range(part, 40, 4)]
+    assert max(lives) > 2
+
+
 def test_tokens_of_other_weights_follow_those_of_the_first():
     """Invariant 8: versions never decrease, and a completion may have several."""
     async def main():
@@ -175,7 +201,7 @@ FAILURES = {
     "close": ({"close": raising(OSError("busy"))}, None, "environment", "close", "OSError: busy", 3),
     "messages": ({"reset": lambda: Start(({"role": "king", "content": "Hear!"},))}, None, "environment", "generate",
                  "ChatError", 0),
-    "engine": ({}, EngineLost("w3"), "engine", "generate", "EngineLost: w3", 0),
+    "engine": ({}, EngineLost("w3"), "worker", "generate", "EngineLost: w3", 0),
     "overloaded": ({}, Overloaded("full"), "engine", "generate", "Overloaded: full", 0),
 }
 

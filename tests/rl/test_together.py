@@ -13,11 +13,25 @@ from glm5_jax.rl.orchestrator import Orchestrator, Service
 from glm5_jax.rl.rollout import play
 from glm5_jax.rl.schedule import April, Async, OneStepOff, Sync
 from glm5_jax.serve.gateway import Gateway
+from glm5_jax.serve.generator import EngineLost
 from tests.rl.harness import Crash, VirtualLoop, memory
 from tests.rl.test_rollout import TOKENIZER, Quiz, script
 from tests.serve.fakes import ScriptedGenerator
 
 STEPS = 4
+
+
+class Breaking(ScriptedGenerator):
+    """Of a hundred pieces three are lost, and their calls with them."""
+
+    def __init__(self, rng, *args, **options):
+        super().__init__(*args, **options)
+        self._rng = rng
+
+    async def _next(self, session, recalled):
+        await super()._next(session, recalled)
+        if self._rng.random() < 0.03:
+            raise EngineLost("a step of the engine failed")
 
 
 class Learner:
@@ -44,8 +58,8 @@ def live(seed, life, ledger, learner, scheduler, crash_at):
     events = VirtualLoop(f"{seed}/{life}", crash_at)
 
     async def main():
-        engine = learner.engine = ScriptedGenerator(script, block=3, version=learner.engine.version,
-                                                    delay=lambda session: 0.3 * random.Random(session).random())
+        engine = learner.engine = Breaking(rng, script, block=3, version=learner.engine.version,
+                                           delay=lambda session: 0.3 * random.Random(session).random())
         gateway = Gateway(engine, TOKENIZER)
 
         async def act(function, *args):
@@ -93,6 +107,9 @@ def test_together(scheduler, seed):
     groups = [group for batch in batches for group in batch]
     assert books.consumed == len(groups) == 2 * STEPS and all(len(group.members) == 3 for group in groups)
     members = {one.id: one for group in groups for one in group.members}
+    # A call that the engine loses costs no rollout: nothing fails but worlds that break.
+    assert not books.dropped.keys() - {"environment"}
+    assert {one.failure.reason for group in groups for one in group.trajectories if one.failure} <= {"environment"}
     assert len(members) >= 2 * 2 * STEPS and {one.task for one in members.values()} == {"quiz", "test"}
     for one in members.values():
         assert one.end is EndReason.DONE and len(one.turns) == one.seed
