@@ -20,7 +20,7 @@ FLOORS = {
     1: ["glm5_jax.records", "glm5_jax.core", "glm5_jax.text"],
     2: ["glm5_jax.model", "glm5_jax.losses", "glm5_jax.optim", "glm5_jax.data", "glm5_jax.envs"],
     3: ["glm5_jax.checkpoint", "glm5_jax.infer"],
-    4: ["glm5_jax.train", "glm5_jax.serve"],
+    4: ["glm5_jax.train", "glm5_jax.serve", "glm5_jax.rewards"],
     5: ["glm5_jax.scale", "glm5_jax.evals", "glm5_jax.rl"],
     6: ["glm5_jax.job", "glm5_jax.pipeline", "glm5_jax.agent", "glm5_jax.__main__"],
 }
