@@ -16,20 +16,22 @@ from glm5_jax.rl import assemble
 Advantage = Callable[[Any, Any], Any]
 
 
-def of_groups(groups: Sequence[Group], *, length: int, multiple: int, advantage: Advantage, aggregation: Aggregation
-              ) -> Rows:
+def of_groups(groups: Sequence[Group], *, length: int, multiple: int, advantage: Advantage, aggregation: Aggregation,
+              teacher: Callable[[str], int] | None = None) -> Rows:
     """Rows of `length` tokens, a multiple of `multiple` many, the last ones padding.
 
     The weights are 1 for what the policy sampled, each token once for each member of its group, else 0. Streams:
     `logp_behaviour` and `version`, as the engine stamped them, and `advantage`: those of the complete rollouts, from
     their rewards, scaled such that a rollout of several contexts counts as one: with "sequence_mean_of_token_means"
-    every token of it alike. A repeated member has the advantage of its first. Raises ValueError for a context longer
-    than a row, and where nothing was sampled.
+    every token of it alike. A repeated member has the advantage of its first. With `teacher`, which gives the
+    number of a task's, `teacher` is a stream too. Raises ValueError for a context longer than a row, and where nothing
+    was sampled.
     """
     rewards, numbers = zip(*((one.reward, number) for number, group in enumerate(groups)
                              for one in group.trajectories if one.end.complete))
     advantages = iter(np.asarray(advantage(np.array(rewards), np.array(numbers)), np.float64))
     contexts: list[tuple[assemble.Row, float]] = []
+    teachers: list[int] = []  # of each context
     rollouts = 0
     for group in groups:
         own = {one.id: float(next(advantages)) for one in group.trajectories if one.end.complete}
@@ -40,6 +42,7 @@ def of_groups(groups: Sequence[Group], *, length: int, multiple: int, advantage:
             for row in rows:
                 share = sum(row.trained) / sampled if aggregation == "sequence_mean_of_token_means" else 1.0
                 contexts.append((row, own[member.id] * share))
+                teachers.append(teacher(member.task) if teacher else 0)
     if not contexts:
         raise ValueError(f"groups: expected sampled tokens, found none in {[group.id for group in groups]}")
     for row, _ in contexts:
@@ -48,11 +51,13 @@ def of_groups(groups: Sequence[Group], *, length: int, multiple: int, advantage:
                              f"training row), found {len(row.ids)}; make rows as long as the engines' max_len")
     # A loss that is a mean over sequences divides by contexts: by rollouts is meant.
     scale = 1.0 if aggregation == "token_mean" else len(contexts) / rollouts
+    streams = {"logp_behaviour": [np.array(row.logprobs) for row, _ in contexts],
+               "version": [np.array(row.versions) for row, _ in contexts],
+               "advantage": [np.full(len(row.ids), scale * value) for row, value in contexts]}
+    if teacher:
+        streams["teacher"] = [np.full(len(row.ids), number) for (row, _), number in zip(contexts, teachers)]
     packed = packing.pack_best_fit(
         [np.array(row.ids, np.int32) for row, _ in contexts], length,
-        loss_weights=[np.array(row.trained, np.float32) for row, _ in contexts],
-        streams={"logp_behaviour": [np.array(row.logprobs) for row, _ in contexts],
-                 "version": [np.array(row.versions) for row, _ in contexts],
-                 "advantage": [np.full(len(row.ids), scale * value) for row, value in contexts]})
+        loss_weights=[np.array(row.trained, np.float32) for row, _ in contexts], streams=streams)
     missing = -len(packed.tokens) % multiple
     return jax.tree.map(lambda x: np.pad(x, ((0, missing), (0, 0))), packed)

@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from glm5_jax.checkpoint.store import Store
 from glm5_jax.core.metrics import merge, Metric
-from glm5_jax.losses import advantage
+from glm5_jax.data.packing import Rows
+from glm5_jax.losses import advantage, distill
 from glm5_jax.records import Group, PolicyVersion
 from glm5_jax.rl import batches, weights
 from glm5_jax.rl.executors import Threads
@@ -46,15 +48,38 @@ class Plan:
                 raise ValueError(f"Plan.{field}: expected at least 1, found {getattr(self, field)!r}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Teachers:
+    """Policies to learn from, parameters of the student's own shape, and which of them is each task's. Raises
+    ValueError for a task whose teacher is not there."""
+
+    policies: Sequence[Any]
+    of: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        for task, number in self.of.items():
+            if not 0 <= number < len(self.policies):
+                raise ValueError(f"Teachers.of[{task!r}]: expected one of {len(self.policies)} policies, "
+                                 f"found {number}")
+
+    def number(self, task: str) -> int:
+        """The teacher of a task; raises ValueError for one that has none."""
+        if task not in self.of:
+            raise ValueError(f"Teachers.of: expected a teacher for task {task!r}, found those of {sorted(self.of)}")
+        return self.of[task]
+
+
 class PolicyTrainer:
     """The `Trainer` of a loop: a state, its step and optimiser; `deliver` takes policies to the engines.
 
-    It goes on from the newest checkpoint of `store`, else from `state`, whose arrays it donates.
+    It goes on from the newest checkpoint of `store`, else from `state`, whose arrays it donates. With `teachers` the
+    advantage of a token is what its rollout's teacher would rather have said (`losses.distill.teacher_advantage`),
+    whatever the rewards are.
     """
 
     def __init__(self, state: TrainState, step: PolicyStep, optimizer: optax.GradientTransformationExtraArgs,
-                 store: Store, deliver: Deliver, plan: Plan):
-        self._step, self._store, self._deliver, self._plan = step, store, deliver, plan
+                 store: Store, deliver: Deliver, plan: Plan, teachers: Teachers | None = None):
+        self._step, self._store, self._deliver, self._plan, self._teachers = step, store, deliver, plan, teachers
         self._reset = jax.jit(optimizer.init)
         self._taken, self._state = 0, state
         if (newest := store.latest_step()) is not None:
@@ -95,18 +120,18 @@ class PolicyTrainer:
         self._store.close()
 
     def _train(self, step: int, batch: Sequence[Group]) -> Mapping[str, Metric]:
-        plan, options = self._plan, self._step.options
+        plan = self._plan
         if len(batch) % plan.updates:
             raise ValueError(f"batch: expected a multiple of {plan.updates} groups (Plan.updates), found {len(batch)}")
         size = len(batch) // plan.updates
-        parts = [batches.of_groups(batch[start:start + size], length=plan.length, multiple=options.rows,
-                                   advantage=plan.advantage, aggregation=options.aggregation)
-                 for start in range(0, len(batch), size)]
+        parts = [self._rows(batch[start:start + size]) for start in range(0, len(batch), size)]
         if plan.updates > 1:
             parts = [dataclasses.replace(rows, streams=rows.streams | {
                 "logp_old": self._step.log_probs(self._state.params, rows)}) for rows in parts]
         metrics: dict[str, Any] = {}
         for rows in parts:
+            if self._teachers:
+                rows = self._taught(rows, self._teachers)
             self._state, new = self._step(self._state, rows)
             metrics = merge(metrics, new)
         jax.block_until_ready(self._state)  # so that the time of a step is not taken for that of the push behind it
@@ -114,6 +139,27 @@ class PolicyTrainer:
         if step % plan.save_every == 0:
             self._store.save(step, self._state, {})
         return metrics
+
+    def _rows(self, groups: Sequence[Group]) -> Rows:
+        plan, options, teachers = self._plan, self._step.options, self._teachers
+        return batches.of_groups(groups, length=plan.length, multiple=options.rows, aggregation=options.aggregation,
+                                 advantage=_alike if teachers else plan.advantage,
+                                 teacher=teachers.number if teachers else None)
+
+    def _taught(self, rows: Rows, teachers: Teachers) -> Rows:
+        """The rows, with advantages of the student of the moment and each token's teacher."""
+        student = self._step.log_probs(self._state.params, rows)
+        taught = student
+        for number in sorted(set(teachers.of.values())):
+            logp = self._step.log_probs(teachers.policies[number], rows)
+            taught = jnp.where(rows.streams["teacher"] == number, logp, taught)
+        value = distill.teacher_advantage(taught, student) * rows.streams["advantage"]
+        return dataclasses.replace(rows, streams=rows.streams | {"advantage": value})
+
+
+def _alike(rewards: Any, groups: Any) -> Any:
+    """Every rollout counts as much as any other."""
+    return np.ones(len(rewards))
 
 
 def to_driver(driver: Driver) -> Deliver:
