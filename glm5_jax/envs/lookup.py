@@ -1,4 +1,4 @@
-"""A number in a store that the model can only see by calls: `lookup("red kite")` is "old door", and that is "475".
+"""A number in a store that the model can only see by calls: `lookup("red pen")` is "old chain", and that is "475".
 
     env = tool_loop.ToolLoop(functools.partial(lookup.problem, level=2))
 """
@@ -9,22 +9,23 @@ from glm5_jax.records import Message
 
 DEFINITION: Message = {
     "name": "lookup", "parameters": {"properties": {"key": {"type": "string"}}, "required": ["key"]}}
-# A key is one of each: 2,560 different questions. All are one or two tokens of the packaged tokenizer.
+# A key is one of each: 1,280 different ones. Each is two tokens of the packaged tokenizer, the same two wherever it
+# stands, so that a small model has only to copy them.
 ADJECTIVES = (
-    "red gold gray white old new big tall short long wide thin round soft hard cold hot dry wet light clean clear "
-    "slow late open full empty free rich poor young low calm bright real fine double single simple common").split()
+    "red old new empty clear long late low even round right left last first main lower upper top local global static "
+    "strict active current complex single special same weak super ready future").split()
 NOUNS = (
-    "kite door lamp hat coat chair key map book pen star sun tree leaf apple bird lion bear ring coin bell gate wall "
-    "tower hill lake stone ship bus car ball cup card clock flag tent page paper letter table cat dog hen ant nest "
-    "bread cake bed pan jar net web fan pin log cap bee cow pig owl cave mill boot oak").split()
+    "hand pen penguin star table key letter map frame field file square column chain wrapper body cell group garbage "
+    "pair pack package step stack slot store script title text word line list loop symbol sign message module memory "
+    "place user").split()
 
 
-def problem(seed: int, level: int = 1) -> Problem:
-    """A question that takes as many calls as its level, 1 to 3; all levels ask it in the same words.
+def problem(seed: int, level: int = 1, *, instruction: str = INSTRUCTION) -> Problem:
+    """A question that takes as many calls as its level, 1 to 3; levels 2 and 3 ask it in the same words.
 
     The answer is a number of three digits. An unknown key is an error for the model to react to.
     """
-    task, store = _question(seed, level)
+    task, store = _question(seed, level, instruction)
 
     def lookup(key: str) -> str:
         if key not in store:
@@ -34,19 +35,19 @@ def problem(seed: int, level: int = 1) -> Problem:
     return Problem(task, (Tool(DEFINITION, lookup),))
 
 
-def demonstration(seed: int, level: int = 1) -> list[Message]:
-    """The messages of `problem(seed, level)` solved, without a thought."""
-    task, store = _question(seed, level)
+def demonstration(seed: int, level: int = 1, *, instruction: str = INSTRUCTION) -> list[Message]:
+    """The messages of the same `problem` solved, without a thought."""
+    task, store = _question(seed, level, instruction)
     return conversation(task, [("lookup", {"key": key}, value) for key, value in store.items()])
 
 
-def _question(seed: int, level: int) -> tuple[Task, dict[str, str]]:
+def _question(seed: int, level: int, instruction: str) -> tuple[Task, dict[str, str]]:
     """The task, and its store in the order in which it has to be asked."""
     hops = graded(level, (1, 2, 3))
     dice = Dice("lookup", level, seed)
     keys = [f"{adjective} {noun}" for adjective, noun in zip(dice.shuffled(ADJECTIVES)[:hops], dice.shuffled(NOUNS))]
     number = str(dice.between(100, 999))
-    # In quotation marks a key is made of the same tokens as in a call: a small model has to copy them.
-    prompt = f'Look up "{keys[0]}" and then each result, until it is a number. {INSTRUCTION}'
-    task = Task(f"lookup-{level}", seed, prompt, number, lambda answer: answer == number)
+    # Without quotation marks its first token would be another one in the question than in a call.
+    prompt = f'Look up "{keys[0]}"' + (" and then each result, until it is a number." if hops > 1 else ".")
+    task = Task(f"lookup-{level}", seed, f"{prompt} {instruction}".strip(), number, lambda answer: answer == number)
     return task, dict(zip(keys, [*keys[1:], number]))

@@ -17,30 +17,30 @@ DEFINITION: Message = {
     "name": "python", "parameters": {"properties": {"code": {"type": "string"}}, "required": ["code"]}}
 
 
-def problem(seed: int, level: int = 1, *, sandbox: Sandbox | None = None, call_s: float = 10.0,
-            output_chars: int = 200) -> Problem:
+def problem(seed: int, level: int = 1, *, instruction: str = INSTRUCTION, sandbox: Sandbox | None = None,
+            call_s: float = 10.0, output_chars: int = 200) -> Problem:
     """The value of an expression, levels 1 to 3, and the tool `python` to find it with.
 
-    The interpreter starts at the first call, in `sandbox`, or in one with the default limits. The options are those of
-    `tools_python.PythonTool`.
+    The interpreter starts at the first call, in `sandbox`, or in one with the default limits. `call_s` and
+    `output_chars` are those of `tools_python.PythonTool`.
     """
     interpreter = _Interpreter(PythonTool(sandbox, call_s=call_s, output_chars=output_chars))
-    return Problem(_question(seed, level)[0], (Tool(DEFINITION, interpreter.call),), interpreter.close)
+    return Problem(_question(seed, level, instruction)[0], (Tool(DEFINITION, interpreter.call),), interpreter.close)
 
 
-def demonstration(seed: int, level: int = 1) -> list[Message]:
-    """The messages of `problem(seed, level)` solved, without a thought; nothing is run for it."""
-    task, code = _question(seed, level)
+def demonstration(seed: int, level: int = 1, *, instruction: str = INSTRUCTION) -> list[Message]:
+    """The messages of the same `problem` solved, without a thought; nothing is run for it."""
+    task, code = _question(seed, level, instruction)
     return conversation(task, [("python", {"code": code}, task.solution)])
 
 
-def _question(seed: int, level: int) -> tuple[Task, str]:
+def _question(seed: int, level: int, instruction: str) -> tuple[Task, str]:
     """The task, and the code that solves it: the expression as the question writes it. No value has five digits."""
     largest = graded(level, (99, 99, 999))
     dice = Dice("python", level, seed)
     a, b, c = (dice.between(largest // 9, largest) for _ in range(3))
     code, value = ((f"{a} * {b}", a * b), (f"{a} * {b} + {c}", a * b + c), (f"{a} * {b} % {c}", a * b % c))[level - 1]
-    task = Task(f"python-{level}", seed, f"What is {code}? {INSTRUCTION}", str(value),
+    task = Task(f"python-{level}", seed, f"What is {code}? {instruction}".strip(), str(value),
                 lambda answer: parse_number(answer) == value)
     return task, code
 

@@ -13,6 +13,7 @@ from glm5_jax.envs.episode import run_episode
 from glm5_jax.envs.process import Outcome, Reply
 from glm5_jax.envs.sandbox import Limits, Sandbox, SandboxUnavailable
 from glm5_jax.envs.tool_loop import ToolLoop
+from glm5_jax.envs.verifiable.task import INSTRUCTION
 from glm5_jax.records import EndReason, FailureReason
 from glm5_jax.text import mask, values
 from glm5_jax.text.tokenizer import Tokenizer
@@ -53,6 +54,7 @@ def test_questions_differ_and_their_values_are_right_and_short(level, form):
         task = python_questions.problem(seed, level).task
         code = re.fullmatch(rf"What is ({form})\? Give the final answer as <answer>...</answer>.", task.prompt)[1]
         assert task.solution == str(eval(code)) and 0 <= int(task.solution) < 10_000
+        assert all(int(number) >= 11 for number in re.findall(r"\d+", code))
         assert task.check(task.solution) and not task.check(str(int(task.solution) + 1)) and not task.check("")
         prompts.add(task.prompt)
     assert len(prompts) > 2000
@@ -130,6 +132,17 @@ def test_the_same_seed_is_the_same_problem_on_every_python():
     text = repr([python_questions.demonstration(seed, level) for level in LEVELS for seed in range(5)])
     found = hashlib.sha256(text.encode()).hexdigest()
     assert found == "ccd5c52fc603c2fdcec25746300ba06eb5576fc74e9a33d6b48422eb1c545d15"
+
+
+def test_a_question_without_its_instruction():
+    """The sentence and the blank before it go, and nothing else."""
+    for level in LEVELS:
+        asked = python_questions.problem(5, level, instruction="").task
+        shown, full = python_questions.demonstration(5, level, instruction=""), python_questions.demonstration(5, level)
+        code = shown[1]["tool_calls"][0]["function"]["arguments"]["code"]
+        assert asked.prompt == shown[0]["content"] == f"What is {code}?"
+        assert full[0]["content"] == f"{asked.prompt} {INSTRUCTION}" and full[1:] == shown[1:]
+        assert asked.check(asked.solution)
 
 
 def test_a_level_that_there_is_not():
