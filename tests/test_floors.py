@@ -22,12 +22,13 @@ FLOORS = {
     3: ["glm5_jax.checkpoint", "glm5_jax.infer"],
     4: ["glm5_jax.train", "glm5_jax.serve", "glm5_jax.rewards"],
     5: ["glm5_jax.scale", "glm5_jax.evals", "glm5_jax.rl"],
-    6: ["glm5_jax.job", "glm5_jax.pipeline", "glm5_jax.agent", "glm5_jax.__main__"],
+    6: ["glm5_jax.job", "glm5_jax.posttrain", "glm5_jax.pipeline", "glm5_jax.agent", "glm5_jax.__main__"],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 # The command line hands a job over to what runs it.
 SIDEWAYS = {("glm5_jax.__main__", "glm5_jax.job"), ("glm5_jax.__main__", "glm5_jax.pipeline"),
-            ("glm5_jax.__main__", "glm5_jax.agent"), ("glm5_jax.pipeline", "glm5_jax.job")}
+            ("glm5_jax.__main__", "glm5_jax.agent"), ("glm5_jax.pipeline", "glm5_jax.job"),
+            ("glm5_jax.pipeline", "glm5_jax.posttrain"), ("glm5_jax.posttrain", "glm5_jax.job")}
 # The lazy table of public names: above every floor, so that nothing below may import it.
 TOP = "glm5_jax"
 CONFIG_READERS = {"glm5_jax.job", "glm5_jax.__main__"}

@@ -32,7 +32,14 @@ VALUES = {"train.log_every": 1, "checkpoint.every": 2, "held_out_fraction": 0.02
           "sample.max_new_tokens": 4, "model.overrides": SMALL_MODEL, "order": "('pretrain','dsa_warmup','sft')",
           **{f"stages.{name}.{field}": value for name in ("pretrain", "dsa_warmup") for field, value in STAGE.items()
              if (name, field) != ("pretrain", "steps")},
-          **{f"stages.sft.{field}": value for field, value in (STAGE | {"seq_len": 64}).items()}}
+          **{f"stages.sft.{field}": value for field, value in (STAGE | {"seq_len": 64}).items()},
+          "stages.sft.source": "arithmetic", "rl.order": "()"}
+RL = {"rl.slots": 4, "rl.length": 128, "rl.rows": 2, "rl.problems": 4, "rl.held_out": 1, "rl.level": 1,
+      "rl.order": "('reasoning_rl','general_rl','distillation')", "stages.sft.source": "demonstrations",
+      "rl.stages.distillation.skills": "('sums','courtesy')", "rl.stages.reasoning_rl.skills": "('sums',)",
+      **{f"rl.stages.{name}.{field}": value for name in ("reasoning_rl", "general_rl", "distillation")
+         for field, value in (("steps", 2), ("groups", 2), ("save_every", 1))},
+      **{f"rl.stages.{name}.size": 2 for name in ("reasoning_rl", "general_rl")}}
 
 
 def arguments(workdir, *more):
@@ -93,6 +100,27 @@ def test_the_export_is_the_trained_model(finished):
     assert exported.config.replace(dtype=config.dtype) == config
     assert exported.fields["pad_token_id"] == Tokenizer.packaged().eos_id
     jax.tree.map(np.testing.assert_array_equal, exported.load(), params)
+
+
+@pytest.mark.slow
+def test_reinforcement_learning_follows_where_it_is_asked_for(tmp_path, capsys):
+    more = [f"--config.{name}={value}" for name, value in RL.items()]
+    assert command.main(arguments(tmp_path / "run", *more)) == 0
+    printed, result = capsys.readouterr().out, json.loads((tmp_path / "run" / "result.json").read_text())
+    assert list(result["rl"]) == ["reasoning_rl", "general_rl", "distillation"]
+    for stage in result["rl"].values():
+        assert stage["steps"] == 2 and stage["tokens"] > 0 and set(stage["skills"]) == {"sums", "courtesy"}
+    assert "distillation" in printed and "report.html" in printed
+    html = (tmp_path / "run" / "rl" / "report.html").read_text()
+    assert all(name in html for name in result["rl"])
+    _, last = released.load_hf(tmp_path / "run" / "hf")
+    for stage in result["rl"]:  # what a process does that was killed behind the last stage
+        assert [row["step"] for row in report.read_rows(tmp_path / "run" / "rl" / stage / "metrics.jsonl")] == [1, 2]
+    (tmp_path / "run" / "result.json").unlink()
+    assert command.main(arguments(tmp_path / "run", *more)) == 0
+    again = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert again["rl"] == result["rl"] and "Held out: sums" not in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, released.load_hf(tmp_path / "run" / "hf")[1], last)
 
 
 @pytest.fixture
@@ -197,7 +225,7 @@ def test_without_matplotlib_the_run_goes_on(monkeypatch, capsys, tmp_path):
     (["--config", f"{FILE}:tiny", "--config.train.log_evry", "3"], "no such value; did you mean 'train.log_every'?"),
     (["--config", f"{FILE}:tiny", "--config.train.log_every=many"], "--config.train.log_every=many: invalid literal"),
     (["--config", f"{FILE}:tiny", "--config.stages.sft.source=wiki"],
-     "sft.source: expected arithmetic, or a path that exists, found 'wiki'"),
+     "sft.source: expected arithmetic or demonstrations, or a path that exists, found 'wiki'"),
     (["--config", f"{FILE}:tiny", "--config.model.overrides={'num_layers': 2}"], "did you mean 'num_hidden_layers'?"),
     (["--config", f"{FILE}:tiny", "--config.order=('sft','rl')"],
      "config.order: expected names of stages, each at most once, of ['dsa_sparse'"),

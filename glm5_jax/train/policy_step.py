@@ -24,7 +24,7 @@ from glm5_jax.losses.aggregate import Aggregation
 from glm5_jax.losses.compose import Result
 from glm5_jax.model import transformer
 from glm5_jax.model.config import ModelConfig
-from glm5_jax.train import step
+from glm5_jax.train import state as train_state, step
 from glm5_jax.train.state import TrainState
 
 
@@ -115,7 +115,9 @@ class PolicyStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         parts = self._parts(batch)
         denominator = sum((self._count(part.weights, part.segment_ids) for part in parts), jnp.zeros(()))
-        sums, metrics = self._nothing(state.params, parts[0]), dict[str, Any]()
+        # Where all is committed to its device from the beginning, no program is compiled twice.
+        state = train_state.settled(state)
+        sums, metrics = train_state.beside(state, self._nothing(state.params, parts[0])), dict[str, Any]()
         for part in parts:
             sums, new = self._add(state.params, sums, part, denominator)
             metrics = self._merge(metrics, new) if metrics else new

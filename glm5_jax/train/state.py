@@ -64,8 +64,13 @@ def settled(state: TrainState) -> TrainState:
     A step that is handed a mixture, and then what it made of it, is compiled twice. A state whose parameters are split
     over devices stays as it is.
     """
+    return beside(state, state)
+
+
+def beside(state: TrainState, tree: Any) -> Any:
+    """Any arrays, committed to the device of the state's parameters, or as they are where those are split."""
     home = jax.device_put(jax.tree.leaves(state.params)[0]).sharding
-    return jax.device_put(state, home) if len(home.device_set) == 1 else state
+    return jax.device_put(tree, home) if len(home.device_set) == 1 else tree
 
 
 def abstract(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh | None = None

@@ -1,6 +1,7 @@
 """Packed rows of groups against the rollouts one by one: tokens, advantages, and the loss that comes of them."""
 
 import collections
+import dataclasses
 import functools
 import math
 
@@ -92,6 +93,23 @@ def test_what_is_trained_on_is_what_was_sampled():
         (id, version, float(np.float32(logp))) for group in GROUPS for member in group.members for turn in member.turns
         for id, logp, version in zip(turn.completion.ids, turn.completion.logprobs, turn.completion.versions))
     assert found == expected and set(rows.weights.ravel().tolist()) == {0.0, 1.0}
+
+
+def test_every_token_has_the_teacher_of_its_task():
+    of = {"sums": 0, "turns": 2, "products": 1}
+    groups = [dataclasses.replace(group, trajectories=[dataclasses.replace(one, task=task)
+                                                       for one in group.trajectories])
+              for task, group in zip(("turns", "sums", "products"), (*GROUPS, Group("g2", 1, [rollout("i", 0.0, 51)])))]
+    options = {"length": 20, "multiple": 1, "advantage": GROUP_MEAN, "aggregation": "token_mean"}
+    rows = batches.of_groups(groups, **options, teacher=of.__getitem__)
+    on = rows.weights > 0
+    found = collections.Counter(zip(rows.targets[on].tolist(), rows.streams["teacher"][on].tolist()))
+    assert found == collections.Counter((id, of[member.task]) for group in groups for member in group.members
+                                        for turn in member.turns for id in turn.completion.ids)
+    without = batches.of_groups(groups, **options)
+    assert rows.streams.keys() - without.streams.keys() == {"teacher"}
+    for name, stream in without.streams.items():
+        np.testing.assert_array_equal(rows.streams[name], stream)
 
 
 def test_a_context_longer_than_a_row_is_refused():

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 
 from glm5_jax.checkpoint.store import Store
-from glm5_jax.core.metrics import JsonlWriter
+from glm5_jax.core.metrics import collect, JsonlWriter
 from glm5_jax.infer.engine import Engine
-from glm5_jax.losses import policy
+from glm5_jax.losses import distill, policy
 from glm5_jax.model.config import ModelConfig
 from glm5_jax.model.transformer import init, param_specs
 from glm5_jax.optim import partition
 from glm5_jax.records import Completion, Group, PolicyVersion, Trajectory, Turn
-from glm5_jax.rl import rollout, trainer, weights
+from glm5_jax.rl import batches, rollout, trainer, weights
 from glm5_jax.rl.ledger import Ledger, Order
 from glm5_jax.rl.loop import Loop, Problem
 from glm5_jax.rl.schedule import Async, Sync
-from glm5_jax.rl.trainer import Plan, PolicyTrainer
+from glm5_jax.rl.trainer import Plan, PolicyTrainer, Teachers
 from glm5_jax.serve.driver import Driver
 from glm5_jax.serve.gateway import Gateway, Options as Call
 from glm5_jax.text.tokenizer import Tokenizer
@@ -58,9 +58,10 @@ def make(params, step, tmp_path):
     """Trainers on one folder; each test closes what it made."""
     made: list[PolicyTrainer] = []
 
-    def make(deliver=nowhere, step=step, **plan: Any) -> PolicyTrainer:
-        state = train_state.from_params(jax.tree.map(jnp.copy, params), RULE)
-        one = PolicyTrainer(state, step, RULE, Store(tmp_path / "checkpoints"), deliver, Plan(length=24, **plan))
+    def make(deliver=nowhere, step=step, rule=RULE, teachers=None, **plan: Any) -> PolicyTrainer:
+        state = train_state.from_params(jax.tree.map(jnp.copy, params), rule)
+        one = PolicyTrainer(state, step, rule, Store(tmp_path / "checkpoints"), deliver, Plan(length=24, **plan),
+                            teachers)
         made.append(one)
         return one
 
@@ -183,6 +184,92 @@ def test_a_step_that_was_begun_is_taken_though_it_is_cancelled(make):
         assert one.step == 1
 
     asyncio.run(cancel())
+
+
+def alone(task: str, first: int, *sizes: int) -> Group:
+    """One rollout of a context for each of `sizes`, so many sampled tokens; their ids count from `first` on."""
+    ids, turns = iter(range(first, first + sum(sizes))), []
+    for size in sizes:
+        turns.append(Turn([{"role": "user", "content": "?"}], {"role": "assistant", "content": "!"}, (1, 2, 3),
+                          Completion([next(ids) for _ in range(size)], [-8.32] * size, [0] * size, "stop")))
+    return Group(f"{task}-{first}", 1, [Trajectory(f"{task}-{first}", task, 1, turns, "done")])
+
+
+TAUGHT = [alone("sums", 100, 5), alone("turns", 200, 4, 2), alone("sums", 300, 3)]
+STILL = partition.build(param_specs(CONFIG), learning_rate=1e-2, optimizer="adamw", weight_decay=0, frozen=("indexer",))
+
+
+@pytest.fixture(scope="module")
+def pupil():
+    return PolicyStep(CONFIG, STILL, distill.distillation, Options(rows=2))
+
+
+@pytest.fixture(scope="module")
+def elders():
+    """Far more certain than the student, each of something else."""
+    return [{**one, "head": 20 * one["head"]} for one in (init(CONFIG, jax.random.key(seed)) for seed in (1, 2))]
+
+
+def test_the_advantage_of_a_token_is_what_its_own_teacher_would_rather_have_said(make, params, step, elders):
+    """A rollout of two contexts counts as much as the others, whatever it has earned."""
+    seen: list[Any] = []
+
+    class Watching:
+        options = Options(rows=2)
+        log_probs = step.log_probs
+
+        def __call__(self, state, rows):
+            seen.append(rows)
+            return state.replace(step=state.step + 1), {}
+
+    of = {"turns": 0, "sums": 1}
+    one = make(step=Watching(), teachers=Teachers(elders, of))
+    asyncio.run(one.train(1, TAUGHT))
+    rows, = seen
+    student, *teachers = (np.asarray(step.log_probs(one, rows)) for one in (params, *elders))
+    places = list(zip(*np.nonzero(rows.weights)))
+    assert len(places) == 5 + 4 + 2 + 3 and np.abs(teachers[0] - teachers[1])[rows.weights > 0].min() > 1e-4
+    for place in places:
+        id = rows.targets[place]
+        task, share = ("sums", 1) if not 200 <= id < 300 else ("turns", (4 if id < 204 else 2) / 6)
+        wanted = (teachers[of[task]][place] - student[place]) * share * 4 / 3  # four contexts of three rollouts
+        np.testing.assert_allclose(rows.streams["advantage"][place], wanted, rtol=1e-5)
+
+
+def test_a_teacher_that_is_the_student_moves_no_weight(make, params, pupil):
+    one = make(step=pupil, rule=STILL, teachers=Teachers([params], {"sums": 0, "turns": 0}))
+    for number in (1, 2):
+        metrics = collect(asyncio.run(one.train(number, TAUGHT)))
+        assert metrics["grad_norm"] == metrics["teacher_kl"] == 0
+    for found, before in zip(leaves(one.params), leaves(params), strict=True):
+        np.testing.assert_array_equal(found, before)
+
+
+def test_the_student_comes_nearer_to_another_teacher(make, params, pupil, elders):
+    """The mean of half the squared gap: of the estimates of the KL the one whose gradient on given tokens this is."""
+    one = make(step=pupil, rule=STILL, teachers=Teachers(elders, {"sums": 1, "turns": 1}))
+    rows = batches.of_groups(TAUGHT, length=24, multiple=2, advantage=lambda rewards, _: rewards,
+                             aggregation="token_mean")
+
+    def gap(params: Any) -> float:
+        apart = np.asarray(pupil.log_probs(params, rows) - pupil.log_probs(elders[1], rows))
+        return (apart[rows.weights > 0] ** 2).mean() / 2
+
+    gaps = [gap(params)]
+    for number in range(1, 7):
+        asyncio.run(one.train(number, TAUGHT))
+        gaps.append(gap(one.params))
+    assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 0.7 * gaps[0]
+
+
+def test_teachers_that_are_not_there(make, params):
+    for number in (1, -1):
+        with pytest.raises(ValueError, match=rf"Teachers.of\['sums'\]: expected one of 1 policies, found {number}"):
+            Teachers([params], {"turns": 0, "sums": number})
+    one = make(teachers=Teachers([params], {"sums": 0}))
+    with pytest.raises(ValueError, match=r"expected a teacher for task 'turns', found those of \['sums'\]"):
+        asyncio.run(one.train(1, TAUGHT))
+    assert one.step == 0
 
 
 def test_policies_are_published_told_and_pruned(params, tmp_path):
