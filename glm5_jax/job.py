@@ -5,7 +5,7 @@ import difflib
 import math
 import pathlib
 import typing
-from typing import Any, Mapping, Sequence
+from typing import Any, Collection, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
@@ -13,6 +13,7 @@ from glm5_jax.data import sources
 from glm5_jax.model import config as model_config, transformer
 from glm5_jax.model.config import ModelConfig
 from glm5_jax.optim import partition, schedules
+from glm5_jax.rl import curriculum
 from glm5_jax.text.tokenizer import Tokenizer
 from glm5_jax.train import loop, stages as train_stages
 from glm5_jax.train.step import Options
@@ -20,6 +21,8 @@ from glm5_jax.train.step import Options
 PRESETS = {"tiny": model_config.tiny, "small": model_config.small, "glm5": model_config.glm5,
            "glm5_2": model_config.glm5_2}
 ARITHMETIC = "arithmetic"  # conversations: a calculation, and its value
+DEMONSTRATIONS = "demonstrations"  # of the skills that are practised later
+RL_KINDS = ("reasoning", "agentic", "general", "distillation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +74,9 @@ class Stage:
     """One stage of `kind`, one of `train.stages.KINDS`: `steps` of `batch_size` rows of `seq_len` tokens.
 
     `source` is a key of `data.sources.SOURCES` or a path, as `data.sources.load` takes it; for the kind "sft" it is
-    "arithmetic" or a file of conversations (`data.sft`). The learning rate warms up linearly and falls along a cosine
-    to `final_learning_rate`. `keep`: the optimiser remembers the stage before.
+    "arithmetic", "demonstrations" (of the skills of `rl`) or a file of conversations (`data.sft`). The learning rate
+    warms up linearly and falls along a cosine to `final_learning_rate`. `keep`: the optimiser remembers the stage
+    before.
     """
 
     kind: str
@@ -99,9 +103,81 @@ class Stage:
                f"a multiple of train.micro_batches = {job.train.micro_batches}")
         expect(self.seq_len <= job.model.max_position_embeddings, "seq_len",
                f"at most max_position_embeddings = {job.model.max_position_embeddings} of the model")
-        known = (ARITHMETIC,) if self.kind == "sft" else tuple(sorted(sources.SOURCES))
+        known = (ARITHMETIC, DEMONSTRATIONS) if self.kind == "sft" else tuple(sorted(sources.SOURCES))
         expect(self.source in known or pathlib.Path(self.source).expanduser().exists(), "source",
                f"{' or '.join(known)}, or a path that exists")
+        expect((self.kind, self.source) != ("sft", DEMONSTRATIONS) or bool(job.rl.order), "source",
+               "something else where rl.order names no stages, whose skills are demonstrated")
+
+
+@dataclasses.dataclass(frozen=True)
+class RlStage:
+    """One stage of reinforcement learning of `kind`, one of RL_KINDS: `steps` training steps on `groups` problems of
+    `size` rollouts each, of `skills` of `rl.curriculum` in equal shares. `beta`, `clip_low`, `clip_high` and `bound`
+    are those of `rl.algorithms`, as far as the kind has them. A checkpoint every `save_every` steps."""
+
+    kind: str
+    skills: tuple[str, ...]
+    steps: int
+    groups: int
+    size: int
+    learning_rate: float
+    beta: float
+    clip_low: float
+    clip_high: float
+    bound: int
+    save_every: int
+
+    def check(self, name: str, skills: Collection[str], practised: Collection[str]) -> None:
+        """Raises ValueError naming the field of `config.rl.stages.<name>`; `practised` are the skills of the stages
+        before."""
+        expect = lambda ok, field, expected: _expect(ok, f"rl.stages.{name}.{field}", expected, getattr(self, field))
+        expect(self.kind in RL_KINDS, "kind", f"one of {RL_KINDS}")
+        expect(bool(self.skills) and set(self.skills) <= set(skills), "skills", f"some of {sorted(skills)}")
+        for field in ("steps", "groups", "size", "save_every"):
+            expect(getattr(self, field) >= 1, field, "at least 1")
+        expect(self.steps % self.save_every == 0, "save_every", f"a divisor of steps = {self.steps}")
+        expect(0 < self.learning_rate < math.inf, "learning_rate", "a number above 0")
+        expect(1 <= self.beta < math.inf, "beta", "a number of at least 1")
+        for field in ("clip_low", "clip_high"):
+            expect(0 <= getattr(self, field) < math.inf, field, "a number of at least 0")
+        expect(self.bound >= 0, "bound", "0 or more")
+        if self.kind == "distillation":
+            expect(set(self.skills) <= set(practised), "skills", f"skills of stages before it, {sorted(practised)}, "
+                                                                 "whose policies are the teachers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rl:
+    """The stages after the last supervised one; `order` names those that are run, which may be none.
+
+    An engine of `slots` slots for contexts of `max_len` tokens serves all of them; training rows are `length` tokens,
+    `rows` at a time. Of each skill up to `problems` are practised and up to `held_out` measured by; chains have `level`
+    steps. `tensorboard`: metrics go to the folder of that name too.
+    """
+
+    slots: int
+    max_len: int
+    length: int
+    rows: int
+    problems: int
+    held_out: int
+    level: int
+    tensorboard: bool
+    order: tuple[str, ...]
+    stages: Mapping[str, RlStage]
+
+    def __post_init__(self) -> None:
+        for field in ("slots", "rows", "problems", "held_out", "level"):
+            _expect(getattr(self, field) >= 1, f"rl.{field}", "at least 1", getattr(self, field))
+        _expect(self.max_len >= 2, "rl.max_len", "at least 2", self.max_len)
+        _expect(self.length >= self.max_len, "rl.length", f"at least max_len = {self.max_len}", self.length)
+        _expect(len(set(self.order)) == len(self.order) and set(self.order) <= set(self.stages), "rl.order",
+                f"names of stages, each at most once, of {sorted(self.stages)}", self.order)
+        practised: set[str] = set()
+        for name in self.order:
+            self.stages[name].check(name, curriculum.NAMES, practised)
+            practised |= set(self.stages[name].skills)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +219,7 @@ class Job:
     order: tuple[str, ...]
     checkpoint: Checkpoint
     sample: Sample
+    rl: Rl
     seed: int
     compilation_cache: str
 

@@ -1,4 +1,4 @@
-"""The job from end to end: data, stages, export, one completion, one table, one picture."""
+"""The job from end to end: data, stages, reinforcement learning, export, one completion, tables and pictures."""
 
 import contextlib
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any, Mapping, NamedTuple, Sequence
 import jax
 import numpy as np
 
+from glm5_jax import posttrain
 from glm5_jax.checkpoint import hf_config, released
 from glm5_jax.checkpoint.store import Store
 from glm5_jax.core import metrics as core_metrics, params as core_params
@@ -21,9 +22,10 @@ from glm5_jax.core.rundir import RunDir, write_json
 from glm5_jax.data import packing, sft, sources
 from glm5_jax.envs.verifiable.arithmetic import arithmetic
 from glm5_jax.infer import sampler
-from glm5_jax.job import ARITHMETIC, Job
+from glm5_jax.job import ARITHMETIC, DEMONSTRATIONS, Job
 from glm5_jax.model import transformer
 from glm5_jax.model.config import ModelConfig
+from glm5_jax.rl import curriculum
 from glm5_jax.text.tokenizer import Tokenizer
 from glm5_jax.train import dsa_adapt, loop, report, stages as train_stages, step as train_step
 from glm5_jax.train.stages import Stage
@@ -32,6 +34,7 @@ from glm5_jax.train.state import TrainState
 # How a model is computed, not what: a checkpoint does not hold these.
 RUNTIME_FIELDS = ("dtype", "param_dtype", "remat", "query_chunk", "dense_attention_max_len", "mtp_unroll", "sharding")
 QUESTIONS = 2_000  # of arithmetic per level, those that occur twice included
+SHOWN, WELL = 1_500, 0.4  # demonstrations of each skill, and the share of them that is whole-hearted
 
 
 class Rows(NamedTuple):
@@ -61,7 +64,10 @@ def run(job: Job, rundir: RunDir) -> dict[str, Any]:
     state = train(job, stages, rundir, tokenizer)
 
     export, last = rundir.path / "hf", stages[-1]
-    params = export_and_reload(export, last.config, state.params, tokenizer)
+    trained, learned = state.params, dict[str, Any]()
+    if job.rl.order:
+        trained, learned = posttrain.run(job, rundir.path / "rl", last.config, trained, tokenizer, _say)
+    params = export_and_reload(export, last.config, trained, tokenizer)
     completion = complete(job, last.config, params, tokenizer)
     _say(f"One completion, temperature {job.sample.temperature:g}:\n---\n{job.sample.prompt}{completion}\n---")
     rows = report.read_rows(rundir.metrics)
@@ -71,10 +77,12 @@ def run(job: Job, rundir: RunDir) -> dict[str, Any]:
         "steps": int(state.step),
         "tokens": int(state.tokens_seen[0]) * 10**6 + int(state.tokens_seen[1]),
         "stages": report.stages(rows, ends),
+        "rl": learned,
         "completion": completion,
         "checkpoints": str(rundir.checkpoints),
         "export": str(export),
         "picture": _draw(rundir, rows, ends),
+        "page": str(rundir.path / "rl" / "report.html") if learned else None,
     }
     write_json(stored, result)
     _say(_table(result))
@@ -113,7 +121,7 @@ def load(job: Job, name: str, tokenizer: Tokenizer) -> Rows:
     """The rows of the stage `name`. Raises ValueError or OSError as `data.sources.load` and `data.sft.read` do."""
     stage = job.stages[name]
     if stage.kind == "sft":
-        train, held_out = _split(_conversations(stage.source, job.seed), job.held_out_fraction)
+        train, held_out = _split(_conversations(job, stage.source), job.held_out_fraction)
         packed = [sft.pack(tokenizer, part, stage.seq_len)[0] for part in (train, held_out)]
         _say(f"{name}: {len(train)} conversations of {stage.source!r}, {len(packed[0].tokens)} rows of {stage.seq_len} "
              f"tokens; {len(held_out)} conversations are held out.")
@@ -125,10 +133,14 @@ def load(job: Job, name: str, tokenizer: Tokenizer) -> Rows:
     return Rows(packed[0], packed[1], sources.text_bytes(held_out))
 
 
-def _conversations(source: str, seed: int) -> tuple[sft.Conversation, ...]:
+def _conversations(job: Job, source: str) -> tuple[sft.Conversation, ...]:
+    if source == DEMONSTRATIONS:
+        skills = curriculum.skills(level=job.rl.level)
+        used = sorted({skill for name in job.rl.order for skill in job.rl.stages[name].skills})
+        return curriculum.demonstrations([skills[name] for name in used], SHOWN, well=WELL, seed=job.seed)
     if source != ARITHMETIC:
         return sft.read(pathlib.Path(source).expanduser())
-    tasks = (arithmetic(number, level=level) for number in range(seed * QUESTIONS, (seed + 1) * QUESTIONS)
+    tasks = (arithmetic(number, level=level) for number in range(job.seed * QUESTIONS, (job.seed + 1) * QUESTIONS)
              for level in (1, 2))
     return tuple(sft.Conversation(({"role": "user", "content": task.prompt},
                                    {"role": "assistant", "content": f"<answer>{task.solution}</answer>"}),
@@ -231,7 +243,11 @@ def _table(result: Mapping[str, Any]) -> str:
         "released layout": f"{result['export']} (read back, equal bit for bit)",
         "picture": result["picture"] or "none, matplotlib is missing",
     }
-    return "\n".join([report.table(result["stages"]), *(f"{name:<18}{text}" for name, text in lines.items())])
+    tables = [report.table(result["stages"])]
+    if result["rl"]:
+        tables += ["", posttrain.table(result["rl"]), ""]
+        lines["report"] = result["page"]
+    return "\n".join([*tables, *(f"{name:<18}{text}" for name, text in lines.items())])
 
 
 def _say(text: str) -> None:

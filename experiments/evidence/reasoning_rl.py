@@ -41,7 +41,7 @@ from glm5_jax.optim import partition, schedules
 from glm5_jax.records import Trajectory
 from glm5_jax.rl import algorithms, curriculum, difficulty
 from glm5_jax.rl.curriculum import Part, service
-from glm5_jax.rl.stage import Stage, play, run
+from glm5_jax.rl.stage import Stage, play, run, serve
 from glm5_jax.serve.driver import Driver
 from glm5_jax.serve.gateway import Gateway
 from glm5_jax.text.tokenizer import Tokenizer
@@ -123,9 +123,6 @@ class Bench:
         self.held_out = {name: one.seeds(Part.HELD_OUT, sizes.held_out) for name, one in self.skills.items()}
         self.pool = {name: one.seeds(Part.PRACTISED, sizes.pool) for name, one in self.skills.items()}
 
-    async def serve(self, params: Any) -> None:
-        await self.driver.push(jax.tree.map(jnp.copy, params), self.driver.gauges.version + 1)
-
     async def tried(self, problems: Mapping[str, Sequence[int]], temperature: float = 1.0
                     ) -> dict[str, list[Trajectory]]:
         return await play([service(skill, self.gateway, seeds=(), temperature=temperature)
@@ -159,7 +156,7 @@ class Bench:
                                     learning_rate=sizes.rate, frozen=("indexer",))
         stage = Stage("reasoning", algorithm, sizes.steps, sizes.groups, optimizer, LENGTH,
                       policy_step.Options(rows=sizes.rows), save_every=sizes.steps)
-        services = [service(skill, self.gateway, seeds=seeds[name], size=sizes.size, most=2 * sizes.groups)
+        services = [service(skill, self.gateway, seeds=seeds[name], size=sizes.size, most=sizes.groups)
                     for name, skill in self.skills.items()]
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
@@ -189,13 +186,13 @@ def moved(before: Any, after: Any) -> dict[str, float]:
 async def measure(bench: Bench) -> dict[str, Any]:
     """All seeds, and the control with the first."""
     sizes, found = bench.sizes, {}
-    await bench.serve(taught(bench.config, sizes, 1000, 1.0))
+    await serve(taught(bench.config, sizes, 1000, 1.0), bench.driver)
     strong, teacher = await bench.rates(), await bench.scores()
     print(f"the stronger model: {shown(teacher)}", flush=True)
     runs = [(f"seed {seed}", seed, False) for seed in sizes.seeds] + [("shuffled rewards", sizes.seeds[0], True)]
     for name, seed, control in runs:
         params = taught(bench.config, sizes, seed, sizes.well)
-        await bench.serve(params)
+        await serve(params, bench.driver)
         before, weak = await bench.scores(), await bench.rates()
         seeds = {skill: difficulty.select(weak[skill], strong[skill], at_most=sizes.at_most, at_least=sizes.at_least)
                  for skill in SKILLS}

@@ -50,6 +50,7 @@ class Stage:
     save_every: int = 1
 
     def __post_init__(self) -> None:
+        self.plan  # checks what it shares
         if self.steps < 1 or self.steps % self.save_every:
             raise ValueError(f"Stage {self.name}: steps: expected a positive multiple of save_every = "
                              f"{self.save_every}, found {self.steps}")
@@ -67,11 +68,15 @@ async def run(stage: Stage, params: Any, services: Iterable[Service], driver: Dr
 
     The services play on `driver`, which serves the newest parameters from the first step on. Metrics go to
     `metrics.jsonl` in the folder, and to `writer`. Raises ValueError for teachers that the algorithm has no use for, or
-    that it lacks; and as `Loop.run` does.
+    that it or one of the services lacks; and as `Loop.run` does.
     """
     if stage.algorithm.teachers != (teachers is not None):
         raise ValueError(f"Stage {stage.name}: teachers: expected {'some' if stage.algorithm.teachers else 'none'}, as "
                          f"its algorithm says, found {'none' if teachers is None else 'some'}")
+    services = tuple(services)
+    if teachers is not None:
+        for service in services:
+            teachers.number(service.name)  # raises at once for a task without
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     options = dataclasses.replace(stage.options, aggregation=stage.algorithm.aggregation)
@@ -85,19 +90,25 @@ async def run(stage: Stage, params: Any, services: Iterable[Service], driver: Dr
         log = stack.enter_context(Transcripts(folder / "transcripts.jsonl"))
         rows = stack.enter_context(contextlib.closing(JsonlWriter(folder / "metrics.jsonl")))
         rows.truncate_after(learner.step)
-        if not ledger.policies() and driver.gauges.version:
-            ledger.push(PolicyVersion(driver.gauges.version, 0))  # numbers go on where the engine is
-        orchestrator = Orchestrator(services, log=log.add)
+        if not ledger.policies() and (served := await driver.call(lambda engine: engine.version)):
+            ledger.push(PolicyVersion(served, 0))  # numbers go on where the engine is
+        orchestrator = Orchestrator(services, limit=sum(one.most * one.size for one in services), log=log.add)
         await Loop(ledger, stage.algorithm.scheduler(stage.groups), orchestrator, learner,
-                   writer=MultiWriter(*filter(None, (rows, writer))), totals=driver.totals,
+                   writer=MultiWriter(*(one for one in (rows, writer) if one is not None)), totals=driver.totals,
                    retried=orchestrator.retried).run(stage.steps)
         return learner.params
+
+
+async def serve(params: Any, driver: Driver) -> None:
+    """Has the engine serve these parameters, which stay the caller's."""
+    version = await driver.call(lambda engine: engine.version)
+    await driver.push(jax.tree.map(jnp.copy, params), version + 1)
 
 
 async def play(services: Iterable[Service], problems: Mapping[str, Sequence[int]]) -> dict[str, list[Trajectory]]:
     """One rollout of each problem, given as {task: seeds}, with the weights that the engines serve: to measure a
     policy, or to find out what it can do. Nothing is recorded."""
-    orchestrator = Orchestrator(services)
+    orchestrator = Orchestrator(services, limit=1 << 20)
     orders = [Order(f"{task}-{seed}-{number}", task, seed, 1, 0)
               for task, seeds in problems.items() for number, seed in enumerate(seeds)]
     ended = await asyncio.gather(*(orchestrator.play(order, order.id, None) for order in orders))
