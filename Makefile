@@ -41,7 +41,7 @@ test-aot: $(AOT_VENV)/.installed  ## Compile every kernel for absent TPUs and GP
 parity: $(PARITY_VENV)/.installed  ## Compare with the reference implementation (Python 3.11, torch and transformers)
 	@$(PARITY_VENV)/bin/python tests/golden/parity.py $(ARGS)
 
-EVIDENCE := muon_split dsa_adaptation mtp_sharing length_extension
+EVIDENCE := muon_split dsa_adaptation mtp_sharing length_extension reasoning_rl
 
 evidence: setup  ## Run the experiments behind the claims, up to half an hour each (ARGS=--quick: seconds, toy size)
 	@for name in $(EVIDENCE); do $(VENV)/bin/python experiments/evidence/$$name.py $(ARGS) || exit 1; done

@@ -59,8 +59,8 @@ def _tiny(source: str) -> dict:
         stages=dict(
             pretrain=_stage("pretrain", source, 80, 512, 4, 1e4, 1e-2, 4e-3, warmup_steps=10),
             midtrain=_stage("midtrain", source, 16, 1024, 2, 5e4, 4e-3, 1e-3, keep=True),
-            dsa_warmup=_stage("dsa_warmup", source, 24, 1024, 2, 5e4, 5e-3, 1e-3),
-            dsa_sparse=_stage("dsa_sparse", source, 12, 1024, 2, 5e4, 1e-3, 1e-3),
+            dsa_warmup=_stage("dsa_warmup", source, 24, 1024, 2, 5e4, 2.5e-2, 5e-3),
+            dsa_sparse=_stage("dsa_sparse", source, 12, 1024, 2, 5e4, 2e-3, 2e-3),
             sft=_stage("sft", "demonstrations", 320, 256, 8, 5e4, 5e-3, 5e-4, warmup_steps=10)),
         checkpoint=dict(every=80, keep=2),
         rl=dict(

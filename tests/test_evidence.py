@@ -189,3 +189,37 @@ def test_length_extension_in_quick(evidence, tmp_path):
     assert [(row["model"], row["length"]) for row in found[::2]] == [
         ("pretrain_16", 16), ("pretrain_16, new base alone", 16), ("midtrain_32", 16)]
     assert found[0]["token_nats"] != found[2]["token_nats"] != found[4]["token_nats"]
+
+
+# Reasoning RL.
+
+def test_shuffled_rewards_stay_in_their_group(evidence):
+    reasoning = evidence("reasoning_rl")
+    rewards, groups = np.array([1.0, 0, 0, 1, 1, 0, 1, 0]), np.array([0, 1, 0, 1, 0, 1, 2, 2])
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(20):
+        found = np.asarray(reasoning.shuffled_advantage(rng, rewards, groups))
+        for group in range(3):
+            plain = np.asarray(reasoning.advantage.group_advantage(rewards, groups))[groups == group]
+            np.testing.assert_allclose(np.sort(found[groups == group]), np.sort(plain), rtol=1e-6)
+        seen.add(tuple(found))
+    assert len(seen) > 5
+
+
+def test_claims_about_reasoning_take_the_worst_seed(evidence):
+    reasoning = evidence("reasoning_rl")
+    run = lambda before, after, moved=0.0: {
+        "before": {"sampled": before}, "after": {"sampled": after}, "seconds": 100 * after, "moved": {"indexer": moved}}
+    found = {"runs": {"seed 0": run(0.25, 0.75), "seed 1": run(0.5, 0.75, 1e-9), "shuffled rewards": run(0.25, 0.3125)}}
+    claims = reasoning.judge(found)
+    assert [(claim.found, claim.holds) for claim in claims] == [
+        (0.25, True), (0.5, True), (25.0, False), (75.0, True), (6.25, False), (1e-9, False)]
+
+
+@pytest.mark.slow
+def test_reasoning_rl_in_quick(evidence, tmp_path):
+    runs = quick(evidence("reasoning_rl"), tmp_path)["results"]["runs"]
+    assert list(runs) == ["seed 0", "shuffled rewards"]
+    for run in runs.values():
+        assert run["moved"]["indexer"] == 0 and len(run["reward/mean"]) == 2
+        assert run["before"]["tokens"] > 0 and set(run["practised"]) == {"sums", "products", "turns"}

@@ -3,8 +3,8 @@
     python experiments/evidence/reasoning_rl.py            (`--quick` runs all of it at toy size)
 
 The skills are chains of five small steps (`glm5_jax.rl.curriculum`): last digits of sums and of products, and turns of
-the compass. A model of two layers learns them from demonstrations, of which 40 % work the steps out in a thought, one
-after the other, and 60 % guess; the guess itself is masked. Its indexers are warmed up, attention becomes sparse, 32
+the compass. A model of two layers learns them from demonstrations, of which half work the steps out in a thought, one
+after the other, and half guess; the guess itself is masked. Its indexers are warmed up, attention becomes sparse, 32
 keys of up to 64, and GRPO with IcePop, without KL, goes on from rewards: on-policy, 24 problems of 8 rollouts a step,
 the three skills in equal shares, indexers frozen. Practised are problems that the model solves at most half of the time
 and a stronger one, taught by whole-hearted demonstrations alone, at least three quarters of it. Problems to
@@ -75,13 +75,13 @@ class Sizes(NamedTuple):
     at_least: float = 0.75
     layers: int = 2
     level: int = 5
-    well: float = 0.4
+    well: float = 0.5
     rate: float = 4e-4
 
 
-FULL = Sizes(seeds=(0, 1, 2), demonstrations=1500, sft=400, warmup=40, rows=8, pool=120, tries=4, steps=40, groups=24,
+FULL = Sizes(seeds=(0, 1, 2), demonstrations=1500, sft=480, warmup=30, rows=8, pool=100, tries=4, steps=30, groups=24,
              size=8, held_out=100)
-QUICK = Sizes(seeds=(0, 1), demonstrations=20, sft=2, warmup=1, rows=2, pool=2, tries=1, steps=2, groups=3, size=2,
+QUICK = Sizes(seeds=(0,), demonstrations=20, sft=2, warmup=1, rows=2, pool=2, tries=1, steps=2, groups=3, size=2,
               held_out=2, at_most=1.0, at_least=0.0)
 
 
@@ -106,7 +106,7 @@ def taught(config: ModelConfig, sizes: Sizes, seed: int, well: float) -> Any:
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(
             JsonlWriter(pathlib.Path(folder) / "metrics.jsonl")) as writer:
         return train_stages.run(
-            [stage("pretrain", sizes.sft, 5e-3), stage("dsa_warmup", sizes.warmup, 5e-3)],
+            [stage("pretrain", sizes.sft, 5e-3), stage("dsa_warmup", sizes.warmup, 2.5e-2)],
             params=lambda: transformer.init(config, jax.random.key(seed)), writer=writer,
             batches=lambda stage: iter(packing.batches(packed, batch_size=sizes.rows, seed=seed)),
             store=lambda stage: Store(pathlib.Path(folder) / "checkpoints"),
