@@ -29,7 +29,7 @@ def judge(check, *trajectories):
     (rules.every(rules.words(1, 2), rules.fresh(1)), "so so", 0.5),
     (rules.every(rules.words(3), rules.fresh(1)), "so so", 0),
     (rules.average(rules.words(3), rules.fresh(1)), "so so", 0.25),
-], ids=str)
+], ids=lambda value: value.__qualname__.partition(".")[0] if callable(value) else str(value))
 def test_checks(check, text, value):
     assert check(text) == value
     assert judge(final(check), episode(text)) == [value]
