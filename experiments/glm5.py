@@ -64,7 +64,9 @@ def _tiny(source: str) -> dict:
             sft=_stage("sft", "demonstrations", 320, 256, 8, 5e4, 5e-3, 5e-4, warmup_steps=10)),
         checkpoint=dict(every=80, keep=2),
         rl=dict(
-            slots=64, max_len=128, length=256, rows=8, problems=200, held_out=64, level=5, tensorboard=False,
+            slots=64, max_len=128, length=256, rows=8, demonstrations=1500, well=0.4, problems=200, held_out=64,
+            level=5, hops=1, flaky=0.05, tensorboard=False,
+            optimizer=dict(name="adamw", weight_decay=0.0, b1=0.9, b2=0.95),
             order=("reasoning_rl",),
             stages=dict(
                 reasoning_rl=_rl_stage("reasoning", CHAINS, 20, 24, 8, 4e-4),
@@ -86,7 +88,9 @@ def _small(source: str) -> dict:
             sft=_stage("sft", "demonstrations", 300, 2048, 16, 4e6, 6e-5, 6e-6, warmup_steps=10)),
         checkpoint=dict(every=250, keep=2),
         rl=dict(
-            slots=256, max_len=512, length=2048, rows=8, problems=500, held_out=200, level=9, tensorboard=False,
+            slots=256, max_len=512, length=2048, rows=8, demonstrations=1500, well=0.4, problems=500, held_out=200,
+            level=9, hops=3, flaky=0.01, tensorboard=False,
+            optimizer=dict(name="adamw", weight_decay=0.0, b1=0.9, b2=0.95),
             order=("reasoning_rl", "agentic_rl", "general_rl", "distillation"),
             stages=dict(
                 reasoning_rl=_rl_stage("reasoning", CHAINS, 100, 32, 16, 1e-5),
@@ -112,8 +116,10 @@ def _glm5(source: str) -> dict:
             sft=_stage("sft", "demonstrations", 1000, 202_752, 64, 1e6, 1e-5, 1e-6)),
         checkpoint=dict(every=1000, keep=2),
         rl=dict(
-            slots=1024, max_len=202_752, length=202_752, rows=64, problems=5000, held_out=500, level=9,
-            tensorboard=True, order=("reasoning_rl", "agentic_rl", "general_rl", "distillation"),
+            slots=1024, max_len=202_752, length=202_752, rows=64, demonstrations=5000, well=0.4, problems=5000,
+            held_out=500, level=9, hops=3, flaky=0.0, tensorboard=False,
+            optimizer=dict(name="adamw", weight_decay=0.1, b1=0.9, b2=0.98),
+            order=("reasoning_rl", "agentic_rl", "general_rl", "distillation"),
             stages=dict(
                 reasoning_rl=_rl_stage("reasoning", CHAINS, 1000, 32, 32, 1e-6),
                 agentic_rl=_rl_stage("agentic", TOOLS, 1000, 32, 32, 1e-6, bound=4),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import pathlib
 import typing
@@ -34,12 +35,12 @@ class Optimizer:
     b1: float
     b2: float
 
-    def __post_init__(self) -> None:
-        _expect(self.name in partition.OPTIMIZERS, "optimizer.name", f"one of {partition.OPTIMIZERS}", self.name)
-        _expect(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", "0 or more", self.weight_decay)
+    def check(self, path: str) -> None:
+        """Raises ValueError naming the field of `config.<path>`."""
+        _expect(self.name in partition.OPTIMIZERS, f"{path}.name", f"one of {partition.OPTIMIZERS}", self.name)
+        _expect(0 <= self.weight_decay < math.inf, f"{path}.weight_decay", "0 or more", self.weight_decay)
         for field in ("b1", "b2"):
-            _expect(0 <= getattr(self, field) < 1, f"optimizer.{field}", "0 or more and less than 1",
-                    getattr(self, field))
+            _expect(0 <= getattr(self, field) < 1, f"{path}.{field}", "0 or more and less than 1", getattr(self, field))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,9 @@ class RlStage:
         for field in ("clip_low", "clip_high"):
             expect(0 <= getattr(self, field) < math.inf, field, "a number of at least 0")
         expect(self.bound >= 0, "bound", "0 or more")
-        if self.kind == "distillation":
+        if self.kind != "distillation":
+            expect(self.size >= 2, "size", "at least 2, as advantages are made within a group")
+        else:
             expect(set(self.skills) <= set(practised), "skills", f"skills of stages before it, {sorted(practised)}, "
                                                                  "whose policies are the teachers")
 
@@ -152,24 +155,37 @@ class Rl:
     """The stages after the last supervised one; `order` names those that are run, which may be none.
 
     An engine of `slots` slots for contexts of `max_len` tokens serves all of them; training rows are `length` tokens,
-    `rows` at a time. Of each skill up to `problems` are practised and up to `held_out` measured by; chains have `level`
-    steps. `tensorboard`: metrics go to the folder of that name too.
+    `rows` at a time. Of each skill up to `demonstrations` problems are demonstrated, the share `well` of them
+    whole-heartedly, up to `problems` practised, and up to `held_out` measured by. Chains have `level` steps, look-ups
+    `hops`; the share `flaky` of the episodes with tools fails. `tensorboard`: metrics go to a folder of that name too.
     """
 
     slots: int
     max_len: int
     length: int
     rows: int
+    demonstrations: int
+    well: float
     problems: int
     held_out: int
     level: int
+    hops: int
+    flaky: float
     tensorboard: bool
+    optimizer: Optimizer
     order: tuple[str, ...]
     stages: Mapping[str, RlStage]
 
     def __post_init__(self) -> None:
-        for field in ("slots", "rows", "problems", "held_out", "level"):
+        self.optimizer.check("rl.optimizer")
+        for field in ("slots", "rows", "demonstrations", "problems", "held_out"):
             _expect(getattr(self, field) >= 1, f"rl.{field}", "at least 1", getattr(self, field))
+        for field, most in (("level", 9), ("hops", 3)):
+            _expect(1 <= getattr(self, field) <= most, f"rl.{field}", f"1 to {most}", getattr(self, field))
+        for field in ("well", "flaky"):
+            _expect(0 <= getattr(self, field) <= 1, f"rl.{field}", "a share from 0 to 1", getattr(self, field))
+        _expect(not self.tensorboard or importlib.util.find_spec("tensorboardX") is not None, "rl.tensorboard",
+                "False, as tensorboardX is not installed (pip install 'glm5-jax[metrics]')", self.tensorboard)
         _expect(self.max_len >= 2, "rl.max_len", "at least 2", self.max_len)
         _expect(self.length >= self.max_len, "rl.length", f"at least max_len = {self.max_len}", self.length)
         _expect(len(set(self.order)) == len(self.order) and set(self.order) <= set(self.stages), "rl.order",
@@ -227,12 +243,15 @@ class Job:
         if self.train.mtp_steps and not self.model.num_nextn_predict_layers:
             raise ValueError(f"config.train.mtp_steps: expected 0 for a model without MTP layer, "
                              f"found {self.train.mtp_steps}")
+        self.optimizer.check("optimizer")
         _expect(0 < self.held_out_fraction < 1, "held_out_fraction", "a number between 0 and 1, neither of them",
                 self.held_out_fraction)
         _expect(bool(self.order) and len(set(self.order)) == len(self.order) and set(self.order) <= set(self.stages),
                 "order", f"names of stages, each at most once, of {sorted(self.stages)}", self.order)
         for name in self.order:
             self.stages[name].check(name, self)
+        _expect(not self.rl.order or self.rl.length <= self.model.max_position_embeddings, "rl.length",
+                f"at most max_position_embeddings = {self.model.max_position_embeddings} of the model", self.rl.length)
         entries = Tokenizer.packaged().vocab_size
         _expect(self.model.vocab_size >= entries, "model.overrides.vocab_size",
                 f"at least the {entries} entries of the packaged tokenizer", self.model.vocab_size)

@@ -34,7 +34,6 @@ from glm5_jax.train.state import TrainState
 # How a model is computed, not what: a checkpoint does not hold these.
 RUNTIME_FIELDS = ("dtype", "param_dtype", "remat", "query_chunk", "dense_attention_max_len", "mtp_unroll", "sharding")
 QUESTIONS = 2_000  # of arithmetic per level, those that occur twice included
-SHOWN, WELL = 1_500, 0.4  # demonstrations of each skill, and the share of them that is whole-hearted
 
 
 class Rows(NamedTuple):
@@ -48,8 +47,9 @@ class Rows(NamedTuple):
 def run(job: Job, rundir: RunDir) -> dict[str, Any]:
     """Runs the job, or continues it from its last checkpoint, and returns its result.
 
-    Walks the stages, measures before and after each, exports the released layout and reads it back, completes a prompt,
-    draws a picture. A finished run is not repeated: its stored result is returned.
+    Walks the stages, measures before and after each, goes on to reinforcement learning where the job names stages of
+    it, exports the released layout and reads it back, completes a prompt, draws a picture. A finished run is not
+    repeated: its stored result is returned.
     """
     stored = rundir.path / "result.json"
     if stored.exists():
@@ -135,9 +135,10 @@ def load(job: Job, name: str, tokenizer: Tokenizer) -> Rows:
 
 def _conversations(job: Job, source: str) -> tuple[sft.Conversation, ...]:
     if source == DEMONSTRATIONS:
-        skills = curriculum.skills(level=job.rl.level)
+        skills = curriculum.skills(level=job.rl.level, hops=job.rl.hops)
         used = sorted({skill for name in job.rl.order for skill in job.rl.stages[name].skills})
-        return curriculum.demonstrations([skills[name] for name in used], SHOWN, well=WELL, seed=job.seed)
+        return curriculum.demonstrations([skills[name] for name in used], job.rl.demonstrations, well=job.rl.well,
+                                         seed=job.seed)
     if source != ARITHMETIC:
         return sft.read(pathlib.Path(source).expanduser())
     tasks = (arithmetic(number, level=level) for number in range(job.seed * QUESTIONS, (job.seed + 1) * QUESTIONS)

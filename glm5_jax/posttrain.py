@@ -9,29 +9,31 @@ ended is not played again: after an interruption the same call goes on within th
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import statistics
-import time
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from glm5_jax.core.metrics import MultiWriter, TensorBoardWriter, Writer
+from glm5_jax.core.metrics import JsonlWriter, MultiWriter, TensorBoardWriter, Writer, collect
 from glm5_jax.core.rundir import write_json
 from glm5_jax.infer.engine import Engine
 from glm5_jax.job import Job, RlStage
 from glm5_jax.model import transformer
 from glm5_jax.model.config import ModelConfig
 from glm5_jax.optim import partition
-from glm5_jax.rewards import blend, courtesy
+from glm5_jax.records import Trajectory
+from glm5_jax.rewards import blend, courtesy, flags, monitor
+from glm5_jax.rewards.blend import Blend, Score
 from glm5_jax.rl import algorithms, curriculum, page
 from glm5_jax.rl.algorithms import Algorithm
-from glm5_jax.rl.curriculum import Part, Skill
-from glm5_jax.rl.ledger import Ledger
-from glm5_jax.rl.orchestrator import Reward, Service
+from glm5_jax.rl.curriculum import Part
+from glm5_jax.rl.orchestrator import Service
 from glm5_jax.rl.stage import Stage, play, run as run_stage, serve
 from glm5_jax.rl.trainer import Teachers
 from glm5_jax.rl.view import TerminalView
@@ -43,6 +45,7 @@ from glm5_jax.train.policy_step import PolicyStep
 
 SHOWN = ("reward/", "staleness/mean", "length/consumed", "trainer/idle")  # of each step, on the terminal
 TRANSCRIPTS = 6  # of each stage, in the report
+JUDGED = "courtesy"  # the skill whose rewards are a blend
 
 KINDS: Mapping[str, Callable[[RlStage], Algorithm]] = {
     "reasoning": lambda one: algorithms.reasoning(beta=one.beta, clip_low=one.clip_low, clip_high=one.clip_high),
@@ -53,8 +56,9 @@ KINDS: Mapping[str, Callable[[RlStage], Algorithm]] = {
 
 def run(job: Job, folder: pathlib.Path, config: ModelConfig, params: Any, tokenizer: Tokenizer,
         say: Callable[[str], None] = print) -> tuple[Any, dict[str, Any]]:
-    """The parameters after the last stage, and what each stage did: {stage: {"steps", "seconds", "tokens", skill:
-    {"before", "after"}}}. Writes `report.html` into the folder. Raises as `rl.stage.run` does."""
+    """The parameters after the last stage, and what each stage did: {stage: {"steps", "seconds", "tokens", "flags",
+    "skills": {skill: {"before", "after"}}}}. Writes `report.html` into the folder. Raises as `rl.stage.run` does, and
+    RuntimeError where nothing that is held out can be played."""
     engine = Engine(jax.tree.map(jnp.copy, params), config, slots=job.rl.slots, max_len=job.rl.max_len)
     with Driver(engine) as driver:
         walk = _Walk(job, folder, config, driver, Gateway(driver, tokenizer), say)
@@ -77,6 +81,27 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                                for number, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines)
 
 
+class _Monitor:
+    """A writer that looks, at each step, at what the blend has scored since the one before."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._rows = JsonlWriter(folder / "rewards.jsonl")
+        self._scored: list[tuple[Trajectory, Score]] = []
+        self.history: list[monitor.Snapshot] = []
+
+    def keep(self, trajectory: Trajectory, score: Score) -> None:
+        self._scored.append((trajectory, score))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._scored:
+            self.history.append(monitor.observe(step, self._scored))
+            self._rows.write(step, collect(monitor.as_metrics(self.history[-1])))
+            self._scored = []
+
+    def close(self) -> None:
+        self._rows.close()
+
+
 @dataclasses.dataclass
 class _Walk:
     """What is known between the first stage and the last."""
@@ -89,90 +114,111 @@ class _Walk:
     say: Callable[[str], None]
 
     def __post_init__(self) -> None:
+        rl = self.job.rl
         self.results: dict[str, Any] = {}
         self.samples: dict[str, Any] = {}
-        self.skills = curriculum.skills(level=self.job.rl.level)
-        self.used = [name for name in self.skills
-                     if any(name in self.job.rl.stages[stage].skills for stage in self.job.rl.order)]
-        self.held_out = {name: self.skills[name].seeds(Part.HELD_OUT, self.job.rl.held_out) for name in self.used}
+        self.skills = curriculum.skills(level=rl.level, hops=rl.hops, flaky=rl.flaky)
+        self.used = [name for name in self.skills if any(name in rl.stages[stage].skills for stage in rl.order)]
+        self.sound = curriculum.skills(level=rl.level, hops=rl.hops, flaky=0.0)  # to be tested by
+        self.held_out = {name: self.skills[name].seeds(Part.HELD_OUT, rl.held_out) for name in self.used}
         self.log_probs = PolicyStep(self.config, self._optimizer(1.0), algorithms.reasoning().loss,
                                     policy_step.Options(rows=1)).log_probs  # compiled once for all stages
 
+    @functools.cached_property
+    def blend(self) -> Blend:
+        return courtesy.blend()
+
     async def through(self, params: Any) -> Any:
         teachers: list[Any] = []
-        scores: dict[str, float] | None = None  # of the policy that is served
+        scores: dict[str, float] | None = None  # of the policy so far
         for name in self.job.rl.order:
             stage, folder = self.job.rl.stages[name], self.folder / name
             stored = folder / "result.json"
             if not stored.exists():
                 scores = scores or await self._scores(params)
-            composed, start = self._composed(name, stage), time.perf_counter()
-            taught = self._teachers(name, stage, teachers) if composed.algorithm.teachers else None
-            with contextlib.closing(self._writer(folder)) as writer:
-                params = await run_stage(composed, params, map(self._service(stage), stage.skills), self.driver, folder,
-                                         config=self.config, teachers=taught, writer=writer)
+            params, found = await self._practise(name, stage, params, teachers)
             if stored.exists():
-                self.results[name] = json.loads(stored.read_text(encoding="utf-8"))
-                scores = None
+                self.results[name], scores = json.loads(stored.read_text(encoding="utf-8")), None
             else:
                 assert scores is not None
                 before, scores = scores, await self._scores(params)
                 rows = report.read_rows(folder / "metrics.jsonl")
                 self.results[name] = {
-                    "steps": stage.steps, "seconds": time.perf_counter() - start,
-                    "tokens": round(sum(row["tokens/trained"] for row in rows)),
+                    "steps": stage.steps, "seconds": sum(row["step/seconds"] for row in rows),
+                    "tokens": round(sum(row["tokens/trained"] for row in rows)), "flags": found,
                     "skills": {skill: {"before": before[skill], "after": scores[skill]} for skill in self.used}}
                 write_json(stored, self.results[name])
-            self._sample(name, composed, params)
+            await self._sample(name, stage, params)
             teachers.append(params)
         return params
 
+    async def _practise(self, name: str, stage: RlStage, params: Any, teachers: Sequence[Any]
+                        ) -> tuple[Any, list[str]]:
+        """The parameters after the stage, and what is suspicious about its rewards."""
+        rl, folder = self.job.rl, self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        composed = Stage(name, KINDS[stage.kind](stage), stage.steps, stage.groups,
+                         self._optimizer(stage.learning_rate), rl.length, policy_step.Options(rows=rl.rows),
+                         save_every=stage.save_every)
+        taught = self._teachers(name, stage, teachers) if composed.algorithm.teachers else None
+        writers: list[Writer] = [TerminalView(SHOWN)]
+        writers += [TensorBoardWriter(folder / "tensorboard")] if rl.tensorboard else []
+        watch = _Monitor(folder)
+        with contextlib.closing(MultiWriter(watch, *writers)) as writer:
+            params = await run_stage(composed, params, [self._service(skill, stage, watch) for skill in stage.skills],
+                                     self.driver, folder, config=self.config, teachers=taught, writer=writer)
+        found = [f"step {flag.step}: {flag.scorer} {flag.finding.value}: {flag.look}"
+                 for flag in flags.flags(watch.history)]
+        for line in found:
+            self.say(f"{name}, {line}")
+        return params, found
+
     async def _scores(self, params: Any) -> dict[str, float]:
         """What a policy earns on the problems that are held out, one rollout of each."""
-        await serve(params, self.driver)
-        played = await play([curriculum.service(self.skills[name], self.gateway, seeds=(), reward=_reward(name))
-                             for name in self.used], self.held_out)
-        scores = {name: statistics.fmean(one.reward for one in ended if one.reward is not None)
-                  for name, ended in played.items()}
+        scores = {}
+        for name, ended in (await self._tried(params, self.held_out)).items():
+            complete = [one for one in ended if one.end.complete]
+            marks = [_mark(one) if name == JUDGED else one.reward or 0.0 for one in complete]
+            if not marks:
+                raise RuntimeError(f"{name}: expected some problems that can be played, found that all "
+                                   f"{len(ended)} failed, the first with {ended[0].failure}")
+            scores[name] = statistics.fmean(marks)
         self.say("Held out: " + ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
         return scores
 
-    def _composed(self, name: str, stage: RlStage) -> Stage:
-        return Stage(name, KINDS[stage.kind](stage), stage.steps, stage.groups, self._optimizer(stage.learning_rate),
-                     self.job.rl.length, policy_step.Options(rows=self.job.rl.rows), save_every=stage.save_every)
+    async def _tried(self, params: Any, problems: Mapping[str, Sequence[int]]) -> dict[str, list[Trajectory]]:
+        await serve(params, self.driver)
+        return await play([curriculum.service(self.sound[name], self.gateway, seeds=()) for name in problems], problems)
 
     def _optimizer(self, rate: float) -> Any:
-        return partition.build(transformer.param_specs(self.config), optimizer="adamw", learning_rate=rate,
-                               weight_decay=0.0, b1=0.9, b2=0.95, frozen=("indexer",))
+        chosen = self.job.rl.optimizer
+        return partition.build(
+            transformer.param_specs(self.config), optimizer=typing.cast(partition.Optimizer, chosen.name),
+            learning_rate=rate, weight_decay=chosen.weight_decay, b1=chosen.b1, b2=chosen.b2, frozen=("indexer",))
 
-    def _service(self, stage: RlStage) -> Callable[[str], Service]:
-        def service(name: str) -> Service:
-            skill: Skill = self.skills[name]
-            return curriculum.service(
-                skill, self.gateway, size=stage.size, most=2 * stage.groups, reward=_reward(name),
-                seeds=skill.seeds(Part.PRACTISED, self.job.rl.problems))
-        return service
+    def _service(self, name: str, stage: RlStage, watch: _Monitor) -> Service:
+        reward = blend.as_reward(self.blend, watch.keep) if name == JUDGED else None
+        return curriculum.service(
+            self.skills[name], self.gateway, size=stage.size, most=2 * stage.groups, reward=reward,
+            seeds=self.skills[name].seeds(Part.PRACTISED, self.job.rl.problems))
 
-    def _teachers(self, name: str, stage: RlStage, policies: list[Any]) -> Teachers:
+    def _teachers(self, name: str, stage: RlStage, policies: Sequence[Any]) -> Teachers:
         """Of each skill, the policy at the end of the last stage before this one that practised it."""
         before = [self.job.rl.stages[earlier] for earlier in self.job.rl.order[:self.job.rl.order.index(name)]]
         return Teachers(policies, {skill: max(number for number, one in enumerate(before) if skill in one.skills)
                                    for skill in stage.skills})
 
-    def _writer(self, folder: pathlib.Path) -> Writer:
-        view = TerminalView(SHOWN)
-        return MultiWriter(view, TensorBoardWriter(folder / "tensorboard")) if self.job.rl.tensorboard else view
-
-    def _sample(self, name: str, stage: Stage, params: Any) -> None:
-        """Some rollouts of the last step, for the report."""
-        with Ledger(self.folder / name / "ledger.sqlite") as ledger:
-            groups = ledger.batch(stage.steps)
-        some = [one for group in groups for one in group.trajectories if one.end.complete][::max(1, stage.groups)]
-        some = some[:TRANSCRIPTS]
-        logp = self.log_probs(params, page.contexts(some, length=self.job.rl.length, multiple=1))
-        self.samples[name] = page.samples(some, logp, self.gateway.tokenizer)
+    async def _sample(self, name: str, stage: RlStage, params: Any) -> None:
+        """Some rollouts of the policy after the stage, for the report: trainer and engine have the same weights."""
+        each = -(-TRANSCRIPTS // len(stage.skills))
+        tried = await self._tried(params, {skill: self.held_out[skill][:each] for skill in stage.skills})
+        some = [one for ended in tried.values() for one in ended if one.end.complete]
+        if some:
+            logp = self.log_probs(params, page.contexts(some, length=self.job.rl.length, multiple=1))
+            self.samples[name] = page.samples(some, logp, self.gateway.tokenizer)
 
 
-def _reward(skill: str) -> Reward | None:
-    """What is added to the rewards of its environment."""
-    return blend.as_reward(courtesy.blend()) if skill == "courtesy" else None
+def _mark(trajectory: Trajectory) -> float:
+    """The exact marks of a reply, which no reward is made of: 0 for a wrong one, else the mean of all three."""
+    marks = courtesy.marks_of(trajectory)
+    return marks.correctness * (marks.correctness + marks.tone + marks.quality) / 3

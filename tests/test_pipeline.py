@@ -34,12 +34,14 @@ VALUES = {"train.log_every": 1, "checkpoint.every": 2, "held_out_fraction": 0.02
              if (name, field) != ("pretrain", "steps")},
           **{f"stages.sft.{field}": value for field, value in (STAGE | {"seq_len": 64}).items()},
           "stages.sft.source": "arithmetic", "rl.order": "()"}
-RL = {"rl.slots": 4, "rl.length": 128, "rl.rows": 2, "rl.problems": 4, "rl.held_out": 1, "rl.level": 1,
+RL = {"rl.slots": 4, "rl.demonstrations": 100, "rl.length": 128, "rl.rows": 2, "rl.problems": 4, "rl.held_out": 1,
+      "rl.level": 1,
       "rl.order": "('reasoning_rl','general_rl','distillation')", "stages.sft.source": "demonstrations",
       "rl.stages.distillation.skills": "('sums','courtesy')", "rl.stages.reasoning_rl.skills": "('sums',)",
       **{f"rl.stages.{name}.{field}": value for name in ("reasoning_rl", "general_rl", "distillation")
          for field, value in (("steps", 2), ("groups", 2), ("save_every", 1))},
       **{f"rl.stages.{name}.size": 2 for name in ("reasoning_rl", "general_rl")}}
+RL_ON = {"rl__order": ("reasoning_rl",)}
 
 
 def arguments(workdir, *more):
@@ -109,7 +111,8 @@ def test_reinforcement_learning_follows_where_it_is_asked_for(tmp_path, capsys):
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "run" / "result.json").read_text())
     assert list(result["rl"]) == ["reasoning_rl", "general_rl", "distillation"]
     for stage in result["rl"].values():
-        assert stage["steps"] == 2 and stage["tokens"] > 0 and set(stage["skills"]) == {"sums", "courtesy"}
+        assert stage["steps"] == 2 and stage["tokens"] > 0 and stage["seconds"] > 0
+        assert set(stage["skills"]) == {"sums", "courtesy"}
     assert "distillation" in printed and "report.html" in printed
     html = (tmp_path / "run" / "rl" / "report.html").read_text()
     assert all(name in html for name in result["rl"])
@@ -314,6 +317,21 @@ def values(**changes):
     ({"sample__temperature": -0.1}, "config.sample.temperature: expected 0 or more, found -0.1"),
     ({"sample__temperature": NAN}, "config.sample.temperature: expected 0 or more, found nan"),
     ({"seed": -1}, "config.seed: expected 0 or more and less than 2**32, found -1"),
+    ({"rl__level": 10}, "config.rl.level: expected 1 to 9, found 10"),
+    ({"rl__well": 1.5}, "config.rl.well: expected a share from 0 to 1, found 1.5"),
+    ({"rl__max_len": 300}, "config.rl.length: expected at least max_len = 300, found 256"),
+    ({**RL_ON, "rl__length": 5000}, "config.rl.length: expected at most max_position_embeddings = 4096 of the model"),
+    ({"stages__sft__source": "demonstrations"},
+     "config.stages.sft.source: expected something else where rl.order names no stages"),
+    ({"rl__order": ("rl",)}, "config.rl.order: expected names of stages"),
+    ({"rl__order": ("distillation",)}, "config.rl.stages.distillation.skills: expected skills of stages before it, []"),
+    ({**RL_ON, "rl__stages__reasoning_rl__kind": "grpo"}, "config.rl.stages.reasoning_rl.kind: expected one of"),
+    ({**RL_ON, "rl__stages__reasoning_rl__skills": ("sum",)}, "config.rl.stages.reasoning_rl.skills: expected some of"),
+    ({**RL_ON, "rl__stages__reasoning_rl__size": 1}, "config.rl.stages.reasoning_rl.size: expected at least 2"),
+    ({**RL_ON, "rl__stages__reasoning_rl__save_every": 3}, "save_every: expected a divisor of steps = 20, found 3"),
+    ({**RL_ON, "rl__stages__reasoning_rl__beta": 0.5},
+     "config.rl.stages.reasoning_rl.beta: expected a number of at least 1"),
+    ({"rl__optimizer__name": "sgd"}, "config.rl.optimizer.name: expected one of"),
 ])
 def test_values_that_make_no_job(changes, message):
     with pytest.raises(ValueError) as error:

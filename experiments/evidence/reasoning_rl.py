@@ -3,8 +3,8 @@
     python experiments/evidence/reasoning_rl.py            (`--quick` runs all of it at toy size)
 
 The skills are chains of five small steps (`glm5_jax.rl.curriculum`): last digits of sums and of products, and turns of
-the compass. A model of two layers learns them from demonstrations, of which half work the steps out in a thought, one
-after the other, and half guess; the guess itself is masked. Its indexers are warmed up, attention becomes sparse, 32
+the compass. A model of two layers learns them from demonstrations, of which 40 % work the steps out in a thought, one
+after the other, and 60 % guess; the guess itself is masked. Its indexers are warmed up, attention becomes sparse, 32
 keys of up to 64, and GRPO with IcePop, without KL, goes on from rewards: on-policy, 24 problems of 8 rollouts a step,
 the three skills in equal shares, indexers frozen. Practised are problems that the model solves at most half of the time
 and a stronger one, taught by whole-hearted demonstrations alone, at least three quarters of it. Problems to
@@ -75,7 +75,7 @@ class Sizes(NamedTuple):
     at_least: float = 0.75
     layers: int = 2
     level: int = 5
-    well: float = 0.5
+    well: float = 0.4
     rate: float = 4e-4
 
 

@@ -60,5 +60,7 @@ class _Interpreter:
         return result.text()
 
     def close(self) -> None:
-        self._thread.submit(self._tool.close).result()
-        self._thread.shutdown()
+        try:
+            self._thread.submit(self._tool.close).result()
+        finally:
+            self._thread.shutdown()

@@ -22,6 +22,7 @@ from glm5_jax.envs.tool_loop import ToolLoop
 from glm5_jax.envs.verifiable import chains
 from glm5_jax.envs.verifiable.task import Dice, Task, Verifiable
 from glm5_jax.records import Message, Trajectory
+from glm5_jax.rewards.courtesy import EXAMPLES
 from glm5_jax.rl import rollout
 from glm5_jax.rl.ledger import Order
 from glm5_jax.rl.loop import EndOfData
@@ -54,17 +55,18 @@ class Skill:
     turns: int = 1
     thinking: bool = True
     run: Run = rollout.at_once
+    end: int = 2**31  # seeds from here on are left alone
 
     def seeds(self, part: Part, count: int) -> tuple[int, ...]:
         """The first `count` seeds, fewer where there are not as many, whose problems belong to the part and differ."""
         found: list[int] = []
         seen: set[str] = set()
-        for seed in range(200 + 20 * count):  # the smallest part is a tenth
+        for seed in range(min(self.end, 200 + 20 * count)):  # the smallest part is a tenth
+            if len(found) == count:
+                break
             key = self.key(seed)
             if key not in seen and Dice("part", self.name, key).below(10) in part.value:
                 found.append(seed)
-            if len(found) == count:
-                break
             seen.add(key)
         return tuple(found)
 
@@ -125,7 +127,7 @@ def _courtesy() -> Skill:
         return Conversation(tuple(courtesy.good(seed) if well else courtesy.mediocre(seed)))
 
     return Skill("courtesy", lambda id: courtesy.Courtesy(), conversation, lambda seed: courtesy.request(seed).prompt,
-                 max_new_tokens=40, thinking=False)
+                 max_new_tokens=40, thinking=False, end=courtesy.COUNT - EXAMPLES)  # the rest teaches the rewards
 
 
 def _asked(task: Task) -> Message:

@@ -134,6 +134,7 @@ def measure(batch: Sequence[Group], version: int, step_of: Mapping[int, int], si
         "rollouts/retried": _mean([since.retried]),
         "trainer/idle": Mean(jnp.float32(times.waited), jnp.float32(times.whole)),
         "push/seconds": _mean([times.pushed]),
+        "step/seconds": _mean([times.whole]),
         "tokens/trained": _mean([sum(lengths)]),
         "tokens/discarded": _mean([since.discarded]),
         "tokens/per_second": Mean(jnp.float32(sum(lengths)), jnp.float32(times.whole)),

@@ -66,13 +66,17 @@ async def run(stage: Stage, params: Any, services: Iterable[Service], driver: Dr
               writer: Writer | None = None) -> Any:
     """The parameters after the stage; `params`, which stay the caller's, are those before it.
 
-    The services play on `driver`, which serves the newest parameters from the first step on. Metrics go to
-    `metrics.jsonl` in the folder, and to `writer`. Raises ValueError for teachers that the algorithm has no use for, or
-    that it or one of the services lacks; and as `Loop.run` does.
+    The services play on `driver`, which serves the newest parameters from the first step on; where there is nothing
+    left to do, it is left as it is. Metrics go to `metrics.jsonl` in the folder, and to `writer`. Raises ValueError for
+    rows shorter than the contexts of the engine, and for teachers that the algorithm has no use for, or that it or one
+    of the services lacks; and as `Loop.run` does.
     """
     if stage.algorithm.teachers != (teachers is not None):
         raise ValueError(f"Stage {stage.name}: teachers: expected {'some' if stage.algorithm.teachers else 'none'}, as "
                          f"its algorithm says, found {'none' if teachers is None else 'some'}")
+    if stage.length < driver.max_len:
+        raise ValueError(f"Stage {stage.name}: length: expected at least {driver.max_len}, the engine's max_len, found "
+                         f"{stage.length}")
     services = tuple(services)
     if teachers is not None:
         for service in services:
@@ -90,8 +94,9 @@ async def run(stage: Stage, params: Any, services: Iterable[Service], driver: Dr
         log = stack.enter_context(Transcripts(folder / "transcripts.jsonl"))
         rows = stack.enter_context(contextlib.closing(JsonlWriter(folder / "metrics.jsonl")))
         rows.truncate_after(learner.step)
-        if not ledger.policies() and (served := await driver.call(lambda engine: engine.version)):
-            ledger.push(PolicyVersion(served, 0))  # numbers go on where the engine is
+        served = await driver.call(lambda engine: engine.version)
+        if served > max((one.number for one in ledger.policies()), default=0):
+            ledger.push(PolicyVersion(served, learner.step))  # numbers go on where the engine is
         orchestrator = Orchestrator(services, limit=sum(one.most * one.size for one in services), log=log.add)
         await Loop(ledger, stage.algorithm.scheduler(stage.groups), orchestrator, learner,
                    writer=MultiWriter(*(one for one in (rows, writer) if one is not None)), totals=driver.totals,

@@ -170,14 +170,28 @@ def test_a_stage_with_every_algorithm(name, params, driver, tmp_path):
     assert (tmp_path / "transcripts.jsonl").read_bytes() == before
 
 
+class Cancelling(Rows):
+    """Cancels the stage at its first step."""
+
+    def write(self, step, values):
+        super().write(step, values)
+        asyncio.current_task().cancel()
+
+
+def test_a_stage_goes_on_where_its_engine_has_served_others_meanwhile(params, driver, tmp_path):
+    one = a_stage(save_every=1)
+    with pytest.raises(asyncio.CancelledError):
+        run(one, params, driver, tmp_path, writer=Cancelling())
+    for _ in range(5):
+        asyncio.run(stage.serve(params, driver))
+    served = serving(driver)
+    run(one, params, driver, tmp_path)
+    assert steps_of(tmp_path) == [1, 2, 3] and serving(driver) == served + 3  # at its beginning, and behind two steps
+
+
 @pytest.mark.parametrize("save_every, policies", [(1, [0, 1, 1, 2, 3]), (3, [0, 1, 0, 1, 2, 3])])
 def test_a_stage_that_was_cancelled_goes_on_from_its_checkpoint(save_every, policies, params, driver, tmp_path):
     """Without a step twice, and with the groups that were in flight."""
-    class Cancelling(Rows):
-        def write(self, step, values):
-            super().write(step, values)
-            asyncio.current_task().cancel()
-
     one, rows = a_stage(save_every=save_every), Cancelling()
     with pytest.raises(asyncio.CancelledError):
         run(one, params, driver, tmp_path, writer=rows)
