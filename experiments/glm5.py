@@ -1,9 +1,9 @@
-"""GLM-5 from raw text to a sparse, instructed model, in five stages: the main job.
+"""GLM-5 from raw text to a sparse, instructed model that has learned from rewards, in six stages: the main job.
 
     python -m glm5_jax --config experiments/glm5.py:tiny
 
-tiny   1M parameters, 300 kB of Python documentation and seeded sums. Two CPU cores, no accelerator: about four minutes,
-       compilation included. The table to expect is in the README.
+tiny   0.8M parameters, 300 kB of Python documentation and seeded problems. Two CPU cores, no accelerator: ten minutes of
+       processor time, compilation included. The table to expect is in the README.
 small  100M parameters on the Python standard library, 90M tokens: one accelerator. Not measured yet.
 glm5   the released sizes and token counts, values only: 744B parameters do not fit a single machine.
 
