@@ -2,8 +2,8 @@
 
     python -m glm5_jax --config experiments/glm5.py:tiny
 
-tiny   0.8M parameters, 300 kB of Python documentation and seeded problems. Two CPU cores, no accelerator: ten minutes of
-       processor time, compilation included. The table to expect is in the README.
+tiny   0.8M parameters, 300 kB of Python documentation and seeded problems. Two CPU cores, no accelerator: ten minutes
+       of processor time, compilation included. The table to expect is in the README.
 small  100M parameters on the Python standard library, 90M tokens: one accelerator. Not measured yet.
 glm5   the released sizes and token counts, values only: 744B parameters do not fit a single machine.
 

@@ -13,8 +13,8 @@ demonstrate, to practise and to be tested by are different ones. GLM-5 report, s
 Control: the same with the rewards of each group shuffled among its rollouts.
 
 Two CPU cores: 38 minutes on a machine shared with a test suite and another run, a stage 2 to 3 minutes of it; not
-timed alone. Expected, on 300 problems never seen, sampled: 0.467, 0.403, 0.410 before and 0.927, 0.977, 0.840 after, in 30
-steps; works instead of guessing 0.33 to 0.43 of the time before, and 0.98 or more after. Control: 0.467 to 0.320. To
+timed alone. Expected, on 300 problems never seen, sampled: 0.467, 0.403, 0.410 before and 0.927, 0.977, 0.840 after, in
+30 steps; works instead of guessing 0.33 to 0.43 of the time before, and 0.98 or more after. Control: 0.467 to 0.320. To
 bear in mind: what is won is mostly the choice to work, which demonstrations have taught; before, greedy answers are
 below sampled ones, because the likeliest first word is a guess. One skill of one seed, turns of seed 2, stays at 0.55.
 """
