@@ -82,7 +82,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 class _Monitor:
-    """A writer that looks, at each step, at what the blend has scored since the one before."""
+    """A writer that looks, at each step, at what the blend has scored since the one before. Where a stage is taken up,
+    it begins anew, and its rows go on where the stage does."""
 
     def __init__(self, folder: pathlib.Path):
         self._rows = JsonlWriter(folder / "rewards.jsonl")
@@ -94,6 +95,8 @@ class _Monitor:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if self._scored:
+            if not self.history:
+                self._rows.truncate_after(step - 1)
             self.history.append(monitor.observe(step, self._scored))
             self._rows.write(step, collect(monitor.as_metrics(self.history[-1])))
             self._scored = []
@@ -163,12 +166,13 @@ class _Walk:
         taught = self._teachers(name, stage, teachers) if composed.algorithm.teachers else None
         writers: list[Writer] = [TerminalView(SHOWN)]
         writers += [TensorBoardWriter(folder / "tensorboard")] if rl.tensorboard else []
-        watch = _Monitor(folder)
-        with contextlib.closing(MultiWriter(watch, *writers)) as writer:
+        watch = _Monitor(folder) if JUDGED in stage.skills else None
+        writers += [watch] if watch else []
+        with contextlib.closing(MultiWriter(*writers)) as writer:
             params = await run_stage(composed, params, [self._service(skill, stage, watch) for skill in stage.skills],
                                      self.driver, folder, config=self.config, teachers=taught, writer=writer)
         found = [f"step {flag.step}: {flag.scorer} {flag.finding.value}: {flag.look}"
-                 for flag in flags.flags(watch.history)]
+                 for flag in (flags.flags(watch.history) if watch else ())]
         for line in found:
             self.say(f"{name}, {line}")
         return params, found
@@ -196,8 +200,8 @@ class _Walk:
             transformer.param_specs(self.config), optimizer=typing.cast(partition.Optimizer, chosen.name),
             learning_rate=rate, weight_decay=chosen.weight_decay, b1=chosen.b1, b2=chosen.b2, frozen=("indexer",))
 
-    def _service(self, name: str, stage: RlStage, watch: _Monitor) -> Service:
-        reward = blend.as_reward(self.blend, watch.keep) if name == JUDGED else None
+    def _service(self, name: str, stage: RlStage, watch: _Monitor | None) -> Service:
+        reward = blend.as_reward(self.blend, watch.keep) if watch and name == JUDGED else None
         return curriculum.service(
             self.skills[name], self.gateway, size=stage.size, most=2 * stage.groups, reward=reward,
             seeds=self.skills[name].seeds(Part.PRACTISED, self.job.rl.problems))

@@ -138,3 +138,18 @@ def test_a_skill_of_which_nothing_can_be_played_is_an_error(tmp_path, monkeypatc
 
 def test_every_kind_of_the_configuration_has_its_algorithm():
     assert set(posttrain.KINDS) == set(jobs.RL_KINDS)
+
+
+def test_rows_of_the_monitor_are_not_repeated_where_a_stage_is_taken_up(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(posttrain.monitor, "observe", lambda step, scored: seen.append(len(scored)) or step)
+    monkeypatch.setattr(posttrain.monitor, "as_metrics", lambda snapshot: {})
+    for steps in ((1, 2, 3), (3, 4)):  # the first process was killed behind its checkpoint of step 2
+        watch = posttrain._Monitor(tmp_path)
+        for step in steps:
+            watch.keep(None, None)
+            watch.write(step, {})
+        watch.write(9, {})  # nothing was scored
+        watch.close()
+    rows = [json.loads(line)["step"] for line in (tmp_path / "rewards.jsonl").read_text().splitlines()]
+    assert rows == [1, 2, 3, 4] and seen == [1] * 5

@@ -30,8 +30,7 @@ def of_groups(groups: Sequence[Group], *, length: int, multiple: int, advantage:
     rewards, numbers = zip(*((one.reward, number) for number, group in enumerate(groups)
                              for one in group.trajectories if one.end.complete))
     advantages = iter(np.asarray(advantage(np.array(rewards), np.array(numbers)), np.float64))
-    contexts: list[tuple[assemble.Row, float]] = []
-    teachers: list[int] = []  # of each context
+    contexts: list[tuple[assemble.Row, float, int]] = []  # with the advantage and the teacher of each
     rollouts = 0
     for group in groups:
         own = {one.id: float(next(advantages)) for one in group.trajectories if one.end.complete}
@@ -41,23 +40,22 @@ def of_groups(groups: Sequence[Group], *, length: int, multiple: int, advantage:
             rollouts += bool(rows)
             for row in rows:
                 share = sum(row.trained) / sampled if aggregation == "sequence_mean_of_token_means" else 1.0
-                contexts.append((row, own[member.id] * share))
-                teachers.append(teacher(member.task) if teacher else 0)
+                contexts.append((row, own[member.id] * share, teacher(member.task) if teacher else 0))
     if not contexts:
         raise ValueError(f"groups: expected sampled tokens, found none in {[group.id for group in groups]}")
-    for row, _ in contexts:
+    for row, *_ in contexts:
         if len(row.ids) > length:
             raise ValueError(f"rollout {row.rollout!r}: expected at most {length} tokens in a context (the length of a "
                              f"training row), found {len(row.ids)}; make rows as long as the engines' max_len")
     # A loss that is a mean over sequences divides by contexts: by rollouts is meant.
     scale = 1.0 if aggregation == "token_mean" else len(contexts) / rollouts
-    streams = {"logp_behaviour": [np.array(row.logprobs) for row, _ in contexts],
-               "version": [np.array(row.versions) for row, _ in contexts],
-               "advantage": [np.full(len(row.ids), scale * value) for row, value in contexts]}
+    streams = {"logp_behaviour": [np.array(row.logprobs) for row, *_ in contexts],
+               "version": [np.array(row.versions) for row, *_ in contexts],
+               "advantage": [np.full(len(row.ids), scale * value) for row, value, _ in contexts]}
     if teacher:
-        streams["teacher"] = [np.full(len(row.ids), number) for (row, _), number in zip(contexts, teachers)]
+        streams["teacher"] = [np.full(len(row.ids), number) for row, _, number in contexts]
     packed = packing.pack_best_fit(
-        [np.array(row.ids, np.int32) for row, _ in contexts], length,
-        loss_weights=[np.array(row.trained, np.float32) for row, _ in contexts], streams=streams)
+        [np.array(row.ids, np.int32) for row, *_ in contexts], length,
+        loss_weights=[np.array(row.trained, np.float32) for row, *_ in contexts], streams=streams)
     missing = -len(packed.tokens) % multiple
     return jax.tree.map(lambda x: np.pad(x, ((0, missing), (0, 0))), packed)

@@ -40,6 +40,7 @@ def test_keep_all_is_the_history():
 
 @given(st.lists(st.integers(0, 3), max_size=9), st.integers(0, 9))
 def test_keep_recent_folds_older_observations_and_nothing_else(calls, k):
+    """Invariant 21."""
     rounds = [a_round(i, calls=count) for i, count in enumerate(calls)]
     before = copy.deepcopy((QUESTION, rounds))
     view, whole = keep_recent(QUESTION, rounds, k=k), keep_all(QUESTION, rounds)
@@ -68,6 +69,7 @@ def test_a_negative_k_is_refused():
     (functools.partial(hierarchical, k=1), functools.partial(keep_recent, k=1)),
 ], ids=["discard_all", "hierarchical"])
 def test_discarding_begins_exactly_past_the_limit(policy, kept):
+    """Invariant 21."""
     rounds = [a_round(0, size=50), a_round(1, size=50)]
     size = characters(kept(QUESTION, rounds).messages)
     assert policy(QUESTION, rounds, count=characters, limit=size) == kept(QUESTION, rounds)

@@ -124,6 +124,7 @@ def test_pairs_in_both_orders():
 @pytest.mark.parametrize("verdict, found", [
     (FIRST, Comparison(0.5, False)), (SECOND, Comparison(0.5, False)), (TIE, Comparison(0.5, True))])
 def test_a_judge_that_looks_at_the_order_alone_ties(verdict, found):
+    """Invariant 22."""
     assert asyncio.run(compare(Judge(Model(f"verdict {{key}}: {verdict}"), "r"), "q", "a", "b")) == found
 
 
